@@ -1,0 +1,87 @@
+"""What the recipe asks for against what the cluster has. Light: the recipe embeds `ClusterSpec`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DATA_CPUS = 1.0
+"""Logical CPUs that stay free for Ray Data, so that filters cannot hang behind engines and trainers."""
+
+
+class PlacementError(ValueError):
+    """The cluster can never hold what the recipe asks for. One line, with both numbers."""
+
+
+class Limits(BaseModel):
+    """When work counts as stalled, and how often engines may die. Seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    start_s: float = Field(default=900.0, gt=0)
+    """An engine that is not ready after this long is given up."""
+    first_step_s: float = Field(default=600.0, gt=0)
+    """The longest wait for an engine's first step, which may compile."""
+    stall_s: float = Field(default=180.0, gt=0)
+    """An engine with work that makes no step for this long dumps its stacks and is restarted."""
+    max_deaths: int = Field(default=40, ge=0)
+    """After this many engine deaths in one run the run stops; the same command resumes it."""
+
+
+class ClusterSpec(BaseModel):
+    """How many engines and trainers, on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    address: str | None = None
+    """Ray cluster to join: "auto", host:port or ray://…; empty starts Ray on this machine (or uses RAY_ADDRESS)."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where engines and trainers run; "auto" takes GPUs where the cluster has any."""
+    num_engines: int = Field(default=1, ge=1)
+    """Engine actors, each with its own copy of the student."""
+    engine_cpus: float = Field(default=1.0, gt=0)
+    """CPUs reserved for each engine actor; on the CPU build also its threads."""
+    trainer_cpus: float = Field(default=1.0, gt=0)
+    """CPUs reserved for a trainer; on a machine without GPUs also its threads."""
+    gpus_per_trainer: float = Field(default=1.0, ge=0)
+    """GPUs of one trainer; not used on CPUs."""
+    limits: Limits = Limits()
+    """When work counts as stalled, and how often engines may die."""
+
+
+def needed_cpus(spec: ClusterSpec) -> float:
+    """Logical CPUs for all engines, one trainer and Ray Data side by side."""
+    return spec.num_engines * spec.engine_cpus + spec.trainer_cpus + DATA_CPUS
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the cluster can do with the recipe. `gpus_*` are 0 on CPUs; `time_shared`: the engines sleep while a trainer
+    works on their GPU."""
+
+    gpus_per_engine: float
+    gpus_per_trainer: float
+    time_shared: bool
+
+
+def place(spec: ClusterSpec, tensor_parallel: int, resources: dict[str, float]) -> Placement:
+    """Raises `PlacementError` where the cluster can never hold what is asked for."""
+    if resources.get("CPU", 0.0) < needed_cpus(spec):
+        raise PlacementError(
+            f"the recipe needs {needed_cpus(spec):g} CPUs (engines, trainer, {DATA_CPUS:g} for Ray Data), the cluster "
+            f"has {resources.get('CPU', 0.0):g}; lower cluster.num_engines or cluster.engine_cpus"
+        )
+    gpus = resources.get("GPU", 0.0)
+    if spec.device == "cpu" or (spec.device == "auto" and not gpus):
+        return Placement(0, 0, time_shared=False)
+    engines = spec.num_engines * tensor_parallel
+    if gpus >= engines + spec.gpus_per_trainer:
+        return Placement(tensor_parallel, spec.gpus_per_trainer, time_shared=False)
+    if gpus == engines == spec.gpus_per_trainer == 1:
+        return Placement(0.5, 0.5, time_shared=True)  # halves of one GPU for Ray; each takes its turn at the whole
+    raise PlacementError(
+        f"the recipe needs {engines + spec.gpus_per_trainer:g} GPUs ({spec.num_engines} engines x {tensor_parallel}, "
+        f"{spec.gpus_per_trainer:g} for a trainer), the cluster has {gpus:g}; lower cluster.num_engines"
+    )

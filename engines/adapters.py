@@ -1,0 +1,82 @@
+"""Adapters are checked before an engine sees them.
+
+vLLM takes a LoRA of the wrong shape without a word and answers rubbish, lets an adapter with NaN corrupt its
+neighbours' answers, and dies of one with `modules_to_save`. None of that may reach an engine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engines.models import tensor_shapes
+from engines.types import AdapterRef
+
+_PREFIX = "base_model.model."
+
+
+class BadAdapter(ValueError):
+    """The adapter cannot be served. One line that names the folder and what is wrong with it."""
+
+
+def check_adapter(ref: AdapterRef, base: Path, max_rank: int) -> None:
+    """Raises `BadAdapter` unless the engine can serve `ref` on the model in folder `base`."""
+    folder = Path(ref.url)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise BadAdapter(f"{folder}: no adapter_model.safetensors")
+    _check_config(folder, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), max_rank)
+    _check_shapes(folder, base)
+    _check_finite(weights)
+
+
+def check_weights(ref: AdapterRef, base: Path) -> None:
+    """Raises `BadAdapter` unless the full weights of `ref` have the names and shapes of the model in `base`."""
+    folder, ours = Path(ref.url), tensor_shapes(Path(ref.url))
+    theirs = tensor_shapes(base)
+    # A tied output head is stored or not, at the saver's discretion.
+    wrong = [name for name, shape in theirs.items() if ours.get(name, shape) != shape]
+    missing = theirs.keys() - ours.keys() - {"lm_head.weight"}
+    if not ours or wrong or missing:
+        raise BadAdapter(f"{folder}: weights do not fit {base.name}: {(wrong or sorted(missing) or ['no tensors'])[0]}")
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_finite(path)
+
+
+def _check_config(folder: Path, config: dict[str, Any], max_rank: int) -> None:
+    if config.get("peft_type") != "LORA":
+        raise BadAdapter(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
+    for field in ("use_dora", "modules_to_save", "trainable_token_indices"):
+        if config.get(field):
+            raise BadAdapter(f"{folder}: {field} is not served by vLLM; train plain LoRA weights")
+    if config.get("bias", "none") != "none":
+        raise BadAdapter(f"{folder}: bias {config['bias']!r} is not served by vLLM; train with bias: none")
+    rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
+    if rank > max_rank:
+        raise BadAdapter(f"{folder}: rank {rank} is above the engine's max_lora_rank {max_rank}")
+
+
+def _check_shapes(folder: Path, base: Path) -> None:
+    model = tensor_shapes(base)
+    for name, shape in tensor_shapes(folder).items():
+        module, _, side = name.removeprefix(_PREFIX).partition(".lora_")
+        weight = model.get(f"{module}.weight")
+        if weight is not None and ".layers." not in name:
+            raise BadAdapter(
+                f"{folder}: {name} is outside the layers; adapters of embeddings or the output head are not served"
+            )
+        if weight is None or not side:
+            raise BadAdapter(f"{folder}: {name} belongs to no weight of {base.name}; it is an adapter of another model")
+        fits = shape[-1] == weight[1] if side.startswith("A") else shape[0] == weight[0]
+        if len(shape) != 2 or not fits:
+            raise BadAdapter(f"{folder}: {name} has shape {shape}, the model's weight has {weight}")
+
+
+def _check_finite(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            if not bool(file.get_tensor(name).isfinite().all()):
+                raise BadAdapter(f"{path}: {name} holds NaN or infinity; training diverged, lower the learning rate")

@@ -1,0 +1,119 @@
+"""What can be known of a model without loading it: where its files are, who it is, what shapes it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_WHOLE_FILE_BYTES = 64 << 20
+_EDGE_BYTES = 1 << 20
+
+
+class ModelError(ValueError):
+    """The folder or name is no causal language model in safetensors that can be used. One line, with the remedy."""
+
+
+@cache
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot (fetched if need be, safetensors only)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(f"{model}: no such model folder; give a folder with config.json, or a hub name like org/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{model}: not fetched from the hub ({reason}); give a local folder instead") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a causal language model with safetensors weights; raises `ModelError` otherwise."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json; this is not a model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); fetch the model again") from error
+    architectures = config.get("architectures") or []
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        raise ModelError(f"{path}: architectures {architectures} is no causal language model (…ForCausalLM)")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no *.safetensors; pickled weights are not loaded, convert them to safetensors")
+    return dict(config)
+
+
+def context_length(folder: Path) -> int:
+    """The most tokens that the model's positions allow."""
+    config = read_config(folder)
+    length = config.get("max_position_embeddings")
+    if not isinstance(length, int) or length < 1:
+        raise ModelError(
+            f"{folder / 'config.json'}: no max_position_embeddings; set engine.max_model_len in the recipe"
+        )
+    return length
+
+
+@cache
+def model_digest(folder: Path) -> str:
+    """The model's identity, 64 hex digits: over config, tokenizer and weights.
+
+    Small files count whole. Of a large weight file its size, header, and first and last MiB count: reading 15 GB at
+    every start would cost more than it tells, and a finetuned copy differs everywhere.
+    """
+    digest = hashlib.sha256()
+    files = [p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model", ".jinja") and p.is_file()]
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+            else:
+                header_bytes = struct.unpack("<Q", file.read(8))[0] if path.suffix == ".safetensors" else 0
+                file.seek(0)
+                digest.update(file.read(min(header_bytes, _WHOLE_FILE_BYTES) + _EDGE_BYTES))
+                file.seek(-_EDGE_BYTES, 2)
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 over the safetensors files of an adapter or a finetuned student: its name everywhere."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(8 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def linear_modules(folder: Path) -> list[str]:
+    """Last names of the matrices inside the model's layers (q_proj, down_proj, ...): no embedding, no output head."""
+    shapes = tensor_shapes(folder)
+    inside = (name.split(".") for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    return sorted({parts[-2] for parts in inside if parts[-1] == "weight"})
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the folder's safetensors files, from their headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
+    return shapes

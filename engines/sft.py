@@ -1,0 +1,182 @@
+"""The only file that knows TRL and PEFT: one supervised finetuning job, from a file of rows to an adapter.
+
+Runs in a process of its own. Rows come tokenized, by the same prompt code that samples and evaluates, so nothing is
+templated, truncated or dropped here; loss is on the completion alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engines.models import resolve_model, weights_digest
+from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
+
+_IGNORE = -100  # the label that PyTorch's cross-entropy leaves out
+PROGRESS_FILE = "progress.jsonl"
+
+
+def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
+    """Finetunes `spec.model` on the Parquet file `rows` (columns `input_ids`, `prompt_tokens`).
+
+    `work` keeps a checkpoint per epoch while the job runs; a second call goes on from the last whole one. The adapters
+    (or full weights) end up in `work/epoch-N`. `work/progress.jsonl` has one line per optimizer step.
+    """
+    _quieten()
+    import pyarrow.parquet as pq
+
+    began = time.monotonic()
+    data = pq.read_table(rows, columns=["input_ids", "prompt_tokens"]).to_pylist()
+    if not data:
+        raise ValueError(f"{rows}: no rows to train on")
+    steps_per_epoch = math.ceil(len(data) / (spec.batch_size * spec.gradient_accumulation))
+    spec = replace(spec, epochs=max(spec.epochs, math.ceil(spec.min_steps / steps_per_epoch)))
+    trainer = _build_trainer(spec, data, work)
+    picked = _pick_canaries(data, spec.canary_rows)
+    before = [_completion_logprobs(trainer.model, row) for row in picked]
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
+    after = [_completion_logprobs(trainer.model, row) for row in picked]
+    checkpoints = _export(spec, work)
+    completion_tokens = sum(len(row["input_ids"]) - row["prompt_tokens"] for row in data)
+    return TrainResult(
+        checkpoints=checkpoints,
+        loss_curve=tuple(_loss_curve(trainer.state.log_history)),
+        tokens=spec.epochs * sum(len(row["input_ids"]) for row in data),
+        completion_tokens=spec.epochs * completion_tokens,
+        steps=trainer.state.global_step,
+        epochs=spec.epochs,
+        rows=len(data),
+        train_s=time.monotonic() - began,
+        canaries=tuple(_canary(r, b, a) for r, b, a in zip(picked, before, after, strict=True)),
+    )
+
+
+def _quieten() -> None:
+    os.environ.update(
+        {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    )
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _build_trainer(spec: TrainSpec, data: Sequence[dict[str, Any]], work: Path) -> Any:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    on_cpu = not torch.cuda.is_available()
+    folder = resolve_model(spec.model, spec.revision)
+    # Full weights train in float32 under autocast: in pure bfloat16 small updates round to nothing.
+    dtype = torch.float32 if on_cpu or spec.method == "full" else torch.bfloat16
+    torch.manual_seed(spec.seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    config = SFTConfig(
+        output_dir=str(work), num_train_epochs=spec.epochs, per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation, learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.scheduler, warmup_steps=spec.warmup_ratio, weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm, seed=spec.seed, data_seed=spec.seed, logging_steps=1, save_strategy="epoch",
+        save_total_limit=None if spec.keep_epochs else 1, report_to="none", bf16=not on_cpu, use_cpu=on_cpu,
+        gradient_checkpointing=spec.gradient_checkpointing, dataloader_pin_memory=not on_cpu, disable_tqdm=True,
+        max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=spec.lora_rank, lora_alpha=spec.lora_alpha, lora_dropout=spec.lora_dropout, task_type="CAUSAL_LM",
+        target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
+    ) if spec.method == "lora" else None  # fmt: skip
+    rows = [{"input_ids": row["input_ids"], "labels": _labels(row)} for row in data]
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        callbacks=[_progress_callback(work / PROGRESS_FILE)],
+    )  # fmt: skip
+    if len(trainer.train_dataset) != len(data):
+        raise AssertionError(f"TRL kept {len(trainer.train_dataset)} of {len(data)} rows")
+    return trainer
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    ids: list[int] = row["input_ids"]
+    return [_IGNORE] * row["prompt_tokens"] + ids[row["prompt_tokens"] :]
+
+
+def _progress_callback(path: Path) -> Any:
+    from transformers import TrainerCallback
+
+    class WriteSteps(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                line = {"step": state.global_step, "steps": state.max_steps, "loss": float(logs["loss"])}
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    return WriteSteps()
+
+
+def _last_whole_checkpoint(work: Path) -> str | None:
+    """`trainer_state.json` is the last file that a checkpoint gets."""
+    for folder in sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+        else:
+            return str(folder)
+    return None
+
+
+def _export(spec: TrainSpec, work: Path) -> tuple[AdapterRef, ...]:
+    """Moves the weights out of the checkpoints and drops optimizer states, which are most of their bytes."""
+    checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    epochs = range(spec.epochs - len(checkpoints) + 1, spec.epochs + 1)
+    refs = []
+    for epoch, checkpoint in zip(epochs, checkpoints, strict=True):
+        folder = work / f"epoch-{epoch}"
+        folder.mkdir(exist_ok=True)
+        for path in checkpoint.iterdir():
+            if path.suffix == ".safetensors" or path.name in ("adapter_config.json", "config.json"):
+                path.rename(folder / path.name)
+        shutil.rmtree(checkpoint)
+        rank = spec.lora_rank if spec.method == "lora" else 0
+        refs.append(AdapterRef(weights_digest(folder), str(folder), rank, spec.base_digest, spec.method))
+    return tuple(refs)
+
+
+def _loss_curve(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    return [{key: float(entry[key]) for key in keys if key in entry} for entry in history if "loss" in entry]
+
+
+def _pick_canaries(data: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Rows spread evenly over the file, so that a class at its end is seen too."""
+    count = min(count, len(data))
+    return [data[i * len(data) // count] for i in range(count)]
+
+
+def _completion_logprobs(model: Any, row: dict[str, Any]) -> tuple[float, ...]:
+    """Natural-log probability of each completion token, in float32, dropout off."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([row["input_ids"]], device=model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, row["prompt_tokens"] - 1 : -1].float()
+    picked = torch.log_softmax(logits, -1).gather(1, ids[0, row["prompt_tokens"] :, None])
+    model.train(was_training)
+    return tuple(picked[:, 0].tolist())
+
+
+def _canary(row: dict[str, Any], before: tuple[float, ...], after: tuple[float, ...]) -> Canary:
+    cut = row["prompt_tokens"]
+    return Canary(tuple(row["input_ids"][:cut]), tuple(row["input_ids"][cut:]), before, after)

@@ -1,0 +1,56 @@
+"""The only home of tokenizers and chat templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+class Tokenizer:
+    """A model's fast tokenizer, without special tokens added behind the caller's back.
+
+    Loaded by `transformers.AutoTokenizer`; remote code is never run.
+    """
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"{model}: the tokenizer names no end-of-sequence token")
+        self.eos_id: int = self._tokenizer.eos_token_id
+        self.eos_text: str = self._tokenizer.eos_token
+        self.special_texts: tuple[str, ...] = tuple(self._tokenizer.all_special_tokens)
+        self.bos_id: int | None = self._tokenizer.bos_token_id if _adds_bos(self._tokenizer) else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: no beginning-of-sequence token, no end."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, answer: bool) -> str:
+        """The conversation by the tokenizer's own template; `answer` opens the assistant's next turn."""
+        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether this model expects a beginning-of-sequence token: asked of the tokenizer, not of its config."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+@cache
+def load_tokenizer(model: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model folder or hub name, once per process."""
+    return Tokenizer(str(Path(model)) if Path(model).is_dir() else model, revision)

@@ -1,0 +1,255 @@
+"""The nouns that travel between the packages: plain frozen dataclasses, no heavy import.
+
+Engines see token ids, never text templates; a request carries all that its answer may depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters of one request. `temperature` 0 is greedy.
+
+    `choices` constrains the output to one of the strings. `logprobs` asks for the cumulative log-probability of
+    each sample (it doubles the sampler's cost, so it is off unless something reads it).
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    choices: tuple[str, ...] = ()
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """A finetuned student: LoRA weights, or full weights where `kind` is "full".
+
+    `digest` is the sha256 of the weights and the adapter's name everywhere; `base_digest` is the digest of the model
+    that it was trained on; `rank` is 0 for full weights.
+    """
+
+    digest: str
+    url: str
+    rank: int
+    base_digest: str
+    kind: Literal["lora", "full"] = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to sample from. `id` is unique within the caller's run; `prompt_ids` are token ids."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    adapter: AdapterRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion. `logprob` is the sum over its tokens where the request asked for it, else None."""
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: str
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The `n` samples of one request, in the order of their seeds. `cached_tokens` came from the prefix cache."""
+
+    id: str
+    samples: tuple[Sample, ...]
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Asks for the log-probability of each token of `completion_ids` after `prefix_ids`."""
+
+    id: str
+    prefix_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    adapter: AdapterRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One natural-log probability per completion token."""
+
+    id: str
+    token_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The row failed, not the engine. `error` is a class of failure, `message` says what happened to this row.
+
+    `error` is "refused" (the engine would not take it), "poison" (alone in flight when its engine died) or
+    "adapter" (its adapter could not be loaded).
+    """
+
+    id: str
+    error: Literal["refused", "poison", "adapter"]
+    message: str
+
+
+class EngineDead(Exception):
+    """The engine can never answer again. Its process must exit; its rows run elsewhere."""
+
+
+Work = Request | ScoreRequest
+Outcome = Completion | Score | RequestFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What a simulated engine does wrong, all of it seeded. Shares are per request, 0 to 1."""
+
+    die_after: int = 0
+    """Exit the process after this many answers; 0 is never. Counts anew after a restart, up to `deaths`."""
+    deaths: int = 1
+    """How many lives end by `die_after`; a life number is counted by the file `marker`."""
+    marker: str = ""
+    """A folder where a simulated engine writes down its deaths, so that its next life knows of them."""
+    poison: tuple[int, ...] = ()
+    """A request whose prompt holds this run of token ids kills the engine."""
+    hang_after: int = 0
+    """Stop answering after this many answers; 0 is never."""
+    refuse_share: float = 0.0
+    """The share of requests that fail on their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything that an engine process needs to start. Tokens, unless the name says otherwise."""
+
+    model: str
+    kind: Literal["vllm", "simulated"] = "vllm"
+    dtype: str = "auto"
+    revision: str | None = None
+    tensor_parallel: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    gpu_memory_utilization: float = 0.85
+    kv_cache_gib: float = 1.0
+    """Size of the key-value cache of the CPU build; on a GPU `gpu_memory_utilization` decides."""
+    block_size: int | None = None
+    max_loras: int = 4
+    max_lora_rank: int = 16
+    enforce_eager: bool = False
+    seed: int = 0
+    tokens_per_s: float = 0.0
+    """Simulated engines only: output tokens per second and sequence; 0 answers at once."""
+    faults: Faults = field(default_factory=Faults)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine started. `progress` rises whenever the engine has done a step."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    in_flight: int
+    progress: int
+    start_s: float
+
+
+class Engine(Protocol):
+    """What the pool's actors drive. Outcomes come as they finish, in lists, one for each request.
+
+    `generate` and `score` raise `EngineDead` where the engine is beyond help; anything wrong with one row is a
+    `RequestFailed` of that row.
+    """
+
+    def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[Outcome]]: ...
+
+    def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]: ...
+
+    def serves(self, ref: AdapterRef | None) -> bool:
+        """Whether requests with this adapter (None: the untuned student) can be sent now."""
+        ...
+
+    async def load_adapter(self, ref: AdapterRef | None) -> None: ...
+
+    async def abort(self, ids: Sequence[str]) -> None: ...
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSpec:
+    """One finetuning job. `base_digest` and `seed` go into the adapter's identity; lengths are tokens."""
+
+    model: str
+    base_digest: str
+    method: Literal["lora", "full"] = "lora"
+    revision: str | None = None
+    dtype: str = "auto"
+    epochs: int = 3
+    min_steps: int = 0
+    """Tiny sets train for more epochs until this many optimizer steps are done."""
+    learning_rate: float = 2e-4
+    scheduler: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int = 2048
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    canary_rows: int = 8
+    """How many training rows are scored before and after, to prove the adapter in the engine later."""
+    keep_epochs: bool = False
+    """Keep the checkpoint of every epoch (a search over epochs wants them)."""
+    num_cpus: float = 1.0
+    gpus_per_trainer: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A training row and its completion's token log-probabilities by the trainer, before and after training."""
+
+    prefix_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    base_logprobs: tuple[float, ...]
+    tuned_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """`checkpoints` are in epoch order, the last one is final. `loss_curve` holds {step, epoch, loss}."""
+
+    checkpoints: tuple[AdapterRef, ...]
+    loss_curve: tuple[Mapping[str, float], ...]
+    tokens: int
+    completion_tokens: int
+    steps: int
+    epochs: int
+    rows: int
+    train_s: float
+    canaries: tuple[Canary, ...]
