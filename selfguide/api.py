@@ -1,0 +1,183 @@
+"""The front of the house: `await run(task, recipe)`, and the session that many runs can share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.placement import PlacementError, place
+from engines.models import ModelError, context_length, model_digest, read_config, resolve_model
+from engines.tokenizer import load_tokenizer
+from engines.types import EngineSpec
+from selfguide.config import Recipe
+from selfguide.curation import warm_filters
+from selfguide.errors import TaskFailed, UserError
+from selfguide.methods import Comparison, self_guide
+from selfguide.prompts import TooLong
+from selfguide.store import RunStore
+from selfguide.taskrun import Progress, Student, TaskRun
+from selfguide.tasks import Task
+
+if TYPE_CHECKING:
+    from cluster.pool import Pool
+    from cluster.trainers import Trainers
+
+_RANDOM_MODEL_VERSION = 1
+STAGES = ("synthesis", "curation", "finetuning", "evaluation")
+_LONGEST_BY_DEFAULT = 8192  # a cache for the 128k tokens that some models allow would not fit beside them
+_MIN_FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Session:
+    """Started engines and trainers for one recipe; any number of tasks may run in it."""
+
+    recipe: Recipe
+    student: Student
+    pool: Pool
+    trainers: Trainers
+    time_shared: bool
+    start_s: float
+
+    def task_run(self, task: Task, store: RunStore, progress: Progress) -> TaskRun:
+        tasks = store.task(task.name)
+        return TaskRun(task, self.recipe, self.student, self.pool, self.trainers, tasks, progress, self.time_shared)
+
+
+async def run(
+    task: Task,
+    recipe: Recipe,
+    out: str | Path = "runs",
+    *,
+    force: Sequence[str] = (),
+    progress: Progress = lambda task, stage, counts: None,
+    session: Session | None = None,
+) -> Comparison:
+    """Takes `task` from its instruction to a finetuned adapter and a comparison, in the run folder `out`.
+
+    A second call with the same task and recipe goes on where the first one ended. `force` names stages to make anew.
+    Raises `UserError` for what the caller can mend, `TaskFailed` where the task itself comes to no end.
+    """
+    if session is None:
+        async with open_session(recipe, progress) as own:
+            return await run(task, recipe, out, force=force, progress=progress, session=own)
+    task_run = session.task_run(task, RunStore(Path(out)), progress)
+    check_run(task_run)
+    _check_stage_names(force)
+    for stage in force:
+        task_run.store.retire(stage)
+    from cluster.pool import EnginesLost
+
+    try:
+        return await self_guide(task_run)
+    except EnginesLost as error:
+        raise TaskFailed(f"{task.name}: {error}; the same command goes on from here") from error
+
+
+@asynccontextmanager
+async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, counts: None) -> AsyncIterator[Session]:
+    """Connects to Ray, starts the engines, and takes everything down again."""
+    student = await asyncio.to_thread(load_student, recipe)
+    from cluster.pool import EnginesLost, Pool, start_engines, stop_engines
+    from cluster.session import ray_session
+    from cluster.trainers import Trainers
+
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    with ray_session(recipe.cluster) as resources:
+        try:
+            placement = place(recipe.cluster, recipe.engine.tensor_parallel, resources)
+        except PlacementError as error:
+            raise UserError(str(error)) from None
+        progress("", "engines", {"starting": recipe.cluster.num_engines})
+        spec, cluster = engine_spec(recipe, student), recipe.cluster
+        filters_warm = asyncio.create_task(warm_filters())
+        try:
+            actors = await start_engines(spec, cluster, placement)
+            await filters_warm
+        except EnginesLost as error:
+            raise TaskFailed(str(error)) from error
+        pool = Pool(actors, int(1.75 * recipe.engine.max_num_seqs), cluster.limits)
+        trainers = Trainers(cluster.trainer_cpus, placement.gpus_per_trainer)
+        progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
+        try:
+            yield Session(recipe, student, pool, trainers, placement.time_shared, clock() - began)
+        finally:
+            await pool.close()
+            stop_engines(actors)
+
+
+def load_student(recipe: Recipe) -> Student:
+    """Finds the student's files and reads what they say of it; raises `UserError` where they are no student."""
+    model = recipe.model
+    if not model.path:
+        raise UserError("no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe")
+    try:
+        folder = _random_model() if model.path == "random" else resolve_model(model.path, model.revision)
+        read_config(folder)
+        longest = recipe.engine.max_model_len or min(context_length(folder), _LONGEST_BY_DEFAULT)
+        tokenizer = load_tokenizer(str(folder))
+    except (ModelError, OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if model.prompts == "chat" and not tokenizer.has_chat_template:
+        raise UserError(f"{folder}: the tokenizer has no chat template; set model.prompts: plain")
+    chat = tokenizer.has_chat_template if model.prompts == "auto" else model.prompts == "chat"
+    return Student(str(folder), model_digest(folder), tokenizer, chat, longest)
+
+
+def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
+    engine, full = recipe.engine, recipe.finetuning.method == "full"
+    return EngineSpec(
+        model=student.folder, kind=engine.kind, dtype=recipe.model.dtype, tensor_parallel=engine.tensor_parallel,
+        max_model_len=student.max_model_len, max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens, gpu_memory_utilization=engine.gpu_memory_utilization,
+        kv_cache_gib=engine.kv_cache_gib, block_size=engine.block_size, max_loras=0 if full else engine.max_loras,
+        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, tokens_per_s=engine.tokens_per_s,
+        faults=engine.faults,
+    )  # fmt: skip
+
+
+def check_run(run: TaskRun) -> None:
+    """Nothing starts that cannot finish: prompts fit, and there is room on the disk."""
+    try:
+        run.prompts.new_input(0, [], run.task.labels[0] if run.is_classification else None, _answer_tokens(run))
+        run.prompts.answer("", _answer_tokens(run), 0)
+    except TooLong as error:
+        raise UserError(f"{run.task.source}: the instruction does not fit the student's context: {error}") from None
+    run.store.root.mkdir(parents=True, exist_ok=True)
+    stat = os.statvfs(run.store.root)
+    if stat.f_bavail * stat.f_frsize < _MIN_FREE_BYTES:
+        raise UserError(
+            f"{run.store.root}: less than {_MIN_FREE_BYTES >> 30} GiB free; make room or choose another --out"
+        )
+
+
+def _check_stage_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in STAGES:
+            raise UserError(f"--force {name}: no such stage; choose {', '.join(STAGES)}")
+
+
+def _answer_tokens(run: TaskRun) -> int:
+    recipe = run.recipe
+    return max(part.sampling.max_tokens for part in (recipe.synthesis, recipe.annotation, recipe.evaluation))
+
+
+def _random_model() -> Path:
+    """The random-weights Llama, made once per machine, in a process of its own, since it needs torch."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "selfguide" / f"random-llama-{_RANDOM_MODEL_VERSION}"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "engines.random_model", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"making the random model failed:\n{done.stderr}")
+    return folder

@@ -1,0 +1,233 @@
+"""The recipe: one frozen tree of all that a run may vary, with a doc string under every field.
+
+Lengths are tokens unless a field says otherwise. Recipes are YAML; `extends` names another recipe to start from.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.placement import ClusterSpec
+from engines.types import Faults
+from selfguide.filters import AnyRowFilter, AnySetFilter, Duplicate, Vote
+from selfguide.filters.copies import EvaluationCopy, GoldCopy
+from selfguide.filters.empty import Empty
+from selfguide.filters.finish import Finished
+from selfguide.filters.noise import Noise
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The student."""
+
+    path: str = ""
+    """A model folder, a hub name (org/model), or "random": a small Llama with random weights, made on the spot."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the engine; "auto" is the model's own on GPUs and float32 on CPUs."""
+    prompts: Literal["auto", "plain", "chat"] = "auto"
+    """Plain text for base models, the tokenizer's template for chat models; "auto": chat where there is a template."""
+
+
+class Engine(Section):
+    """How each engine runs."""
+
+    kind: Literal["vllm", "simulated"] = "vllm"
+    """"simulated" answers without a model, for trying out a cluster."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs of one engine."""
+    max_model_len: int | None = Field(default=None, ge=128)
+    """The longest prompt plus answer; empty: the model's context length, at most 8192."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Sequences that an engine decodes together."""
+    max_num_batched_tokens: int = Field(default=4096, ge=256, le=65536)
+    """Tokens of one step. Scoring holds logits for all of them: above 4096 a large vocabulary can exhaust memory."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
+    """Share of a GPU's memory that an engine takes."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Key-value cache of the CPU build, GiB."""
+    block_size: int | None = None
+    """Tokens in a block of the prefix cache; empty takes vLLM's own."""
+    max_loras: int = Field(default=4, ge=1)
+    """Adapters in one step; not used with full weights."""
+    tokens_per_s: float = Field(default=0.0, ge=0)
+    """Simulated engines: output tokens per second and sequence; 0 answers at once."""
+    faults: Faults = Faults()
+    """Simulated engines: what goes wrong."""
+
+
+class Sampling(Section):
+    """Sampling parameters."""
+
+    temperature: float = Field(default=1.0, ge=0, le=5)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus; 1 is off."""
+    top_k: int = Field(default=0, ge=0)
+    """Most likely tokens that are drawn from; 0 is all."""
+    max_tokens: int = Field(default=500, ge=1)
+    """An answer longer than this is cut, and a cut answer is rejected."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer, beside those of the prompt's own format."""
+
+
+class Synthesis(Section):
+    """Stage 1a: the student writes inputs (SELF-GUIDE, section 2)."""
+
+    num_candidates: int = Field(default=400, ge=1)
+    """At most this many inputs are tried (M)."""
+    target_rows: int | None = Field(default=None, ge=1)
+    """Stop when this many pairs pass all row filters (N); empty: try all candidates."""
+    pool: Literal["lag", "rounds"] = "lag"
+    """Accepted inputs that row i may be shown: "rounds", all before its round (published); "lag", all but the last."""
+    lag: int = Field(default=128, ge=1)
+    """Row i waits for all rows up to i - lag. Large keeps an engine full with one task, small learns sooner."""
+    round_size: int = Field(default=10, ge=1)
+    """Rows of a round."""
+    max_demonstrations: int = Field(default=10, ge=0)
+    """Synthetic inputs in a prompt: a number drawn from 1 to this, once there are any."""
+    gold_orders: int = Field(default=4, ge=1)
+    """In how many fixed orders the gold examples are shown; each order is a prefix that the cache serves."""
+    conditional: Literal["auto", "always", "never"] = "auto"
+    """Write inputs for a label drawn uniformly; "auto": for classification."""
+    sampling: Sampling = Sampling(temperature=1.0, top_k=40, max_tokens=500)
+    """One completion for each prompt."""
+    max_failed_share: float = Field(default=0.1, ge=0, le=1)
+    """The task ends when more than this share of rows (and more than 10) failed in the engines."""
+
+
+class Annotation(Section):
+    """Stage 1b: the student answers its inputs by in-context learning (SELF-GUIDE, section 2)."""
+
+    num_samples: int = Field(default=10, ge=1, le=256)
+    """Answers sampled for each input."""
+    keep_best: int | None = Field(default=None, ge=1)
+    """Keep this many of highest cumulative log-probability (what best_of did); empty: all."""
+    constrain_labels: bool = False
+    """Classification: let the engine write nothing but labels."""
+    sampling: Sampling = Sampling(temperature=0.2, top_k=10, max_tokens=500)
+    """The same prompt as in training and evaluation."""
+
+
+class Filters(Section):
+    """Stage 2. Chains in order; the first filter that turns a row away is its reason."""
+
+    inputs: tuple[AnyRowFilter | Duplicate, ...] = (
+        Empty(), Finished(), Noise(), GoldCopy(), EvaluationCopy(), Duplicate(),
+    )  # fmt: skip
+    """Each input as it is committed, before it is annotated."""
+    samples: tuple[AnyRowFilter, ...] = (Empty(), Finished(), Noise())
+    """Each sampled output. For classification add valid_label, which also reads the label off the answer."""
+    vote: Vote = Vote()
+    """Self-consistency over the outputs that are left."""
+    pairs: tuple[AnyRowFilter, ...] = ()
+    """Each input with its elected output."""
+    sets: tuple[AnySetFilter, ...] = ()
+    """What needs all rows: near-duplicates, balance."""
+    classification: ClassificationFilters = Field(default_factory=lambda: ClassificationFilters())
+    """What is added to these chains for classification tasks."""
+
+
+class ClassificationFilters(Section):
+    """Additions to the chains for classification tasks."""
+
+    samples: tuple[AnyRowFilter, ...] = ()
+    """Appended to `filters.samples`."""
+    pairs: tuple[AnyRowFilter, ...] = ()
+    """Appended to `filters.pairs`."""
+    sets: tuple[AnySetFilter, ...] = ()
+    """Appended to `filters.sets`."""
+
+
+class Finetuning(Section):
+    """Stage 3: supervised finetuning on the kept pairs (SELF-GUIDE, section 2)."""
+
+    method: Literal["lora", "full"] = "lora"
+    """LoRA, or all weights."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the rows."""
+    min_steps: int = Field(default=0, ge=0)
+    """Tiny sets train for more epochs until this many optimizer steps are done."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """AdamW's peak rate."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls."""
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps over which the rate rises."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient clipping."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of one step on one device."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Steps that are added up before the weights move."""
+    max_length: int = Field(default=2048, ge=16)
+    """Longer rows are left out and counted."""
+    min_rows: int = Field(default=1, ge=1)
+    """The task ends here when fewer rows were kept."""
+    lora_rank: int = Field(default=16, ge=1, le=512)
+    """Rank of the adapter."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Scale of the adapter, over the rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Which matrices get an adapter."""
+    gradient_checkpointing: bool = False
+    """Trades time for memory."""
+    canary_rows: int = Field(default=8, ge=1)
+    """Training rows whose log-probabilities prove the adapter in the engine."""
+
+
+class Evaluation(Section):
+    """Stage 4: base, tuned student and controls on the same held-out rows."""
+
+    num_instances: int = Field(default=100, ge=1)
+    """The first so many instances (official: 100)."""
+    demonstrations: int | Literal["all"] = "all"
+    """Gold examples in the prompt of base and tuned student, and in the training rows (official: 2)."""
+    controls: tuple[Literal["few_shot_icl", "filtered_decoding"], ...] = ("few_shot_icl", "filtered_decoding")
+    """Measured beside the base: all demonstrations that fit; and sampling with the annotation filters at inference."""
+    sampling: Sampling = Sampling(temperature=0.0, max_tokens=500)
+    """Greedy, as published."""
+    constrain_labels: bool = False
+    """Classification: let the engine write nothing but labels, base and tuned alike."""
+    bootstrap_samples: int = Field(default=10_000, ge=100)
+    """Resamples of the paired bootstrap."""
+
+
+class Recipe(Section):
+    """All that a run may vary."""
+
+    name: str = "default"
+    """What reports call it."""
+    seed: int = 0
+    """The run's seed; every row's own is derived from it."""
+    model: Model = Model()
+    """The student."""
+    engine: Engine = Engine()
+    """How each engine runs."""
+    synthesis: Synthesis = Synthesis()
+    """Inputs."""
+    annotation: Annotation = Annotation()
+    """Outputs."""
+    filters: Filters = Filters()
+    """Which rows are kept."""
+    finetuning: Finetuning = Finetuning()
+    """The adapter."""
+    evaluation: Evaluation = Evaluation()
+    """The comparison."""
+    cluster: ClusterSpec = ClusterSpec()
+    """Engines and trainers, and where."""
+
+
+Filters.model_rebuild()

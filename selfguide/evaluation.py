@@ -1,0 +1,245 @@
+"""Stage 4: the same held-out rows for base, tuned student and controls; never a dropped row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+
+from engines.types import Completion, Outcome, Request, RequestFailed, Sampling, ScoreRequest
+from selfguide import metrics
+from selfguide.config import Sampling as SamplingConfig
+from selfguide.errors import TaskFailed
+from selfguide.finetuning import Adapter
+from selfguide.prompts import TooLong
+from selfguide.records import ACCEPTED, FAILED, Ledger
+from selfguide.store import SHARD_ROWS, TOKEN_COUNTS, Artifact, Stage
+from selfguide.synthesis import SAMPLE
+from selfguide.taskrun import TaskRun, chosen
+
+VERSION = 1
+SCHEMA = pa.schema([
+    ("row", pa.int32()), ("id", pa.string()), ("state", pa.string()), ("filter", pa.string()), ("reason", pa.string()),
+    ("prediction", pa.string()), ("references", pa.list_(pa.string())), ("exact_match", pa.float64()),
+    ("rouge_l", pa.float64()), ("prompt_tokens", pa.int32()), ("demonstrations", pa.int32()),
+    ("samples", pa.list_(SAMPLE)),
+])  # fmt: skip
+MOST_OF_TRAINING = 0.3
+"""An engine's log-probabilities may miss the trainer's by this share of what training changed (docs/concepts.md)."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How one method asks: which student, how many demonstrations, and how the answer is chosen."""
+
+    method: str
+    sampling: SamplingConfig
+    num_gold: int | None
+    num_samples: int = 1
+    filtered: bool = False
+    """Take the first sample that the annotation filters let pass, likeliest first (the authors' control)."""
+    adapter: Adapter | None = None
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.filtered
+
+
+async def evaluate(run: TaskRun, protocol: Protocol) -> Artifact | None:
+    """Predictions and scores, one row for each instance; None for a task without held-out data."""
+    if not run.evaluation_instances:
+        return None
+    proof = await _prove(run, protocol.adapter) if protocol.adapter else None
+    stage = evaluation_stage(run, protocol)
+    async with run.lock(stage):
+        if stage.done:
+            return stage.done
+        with stage.writing():
+            return await _Evaluation(run, protocol, stage).run(proof)
+
+
+def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
+    """Methods that ask in the same way share a stage, whatever they are called."""
+    config: dict[str, Any] = {
+        "sampling": chosen(protocol.sampling), "num_gold": protocol.num_gold, "num_samples": protocol.num_samples,
+        "instances": run.recipe.evaluation.num_instances, "constrain": run.recipe.evaluation.constrain_labels,
+        "engine": run.recipe.engine.kind, "dtype": run.recipe.model.dtype,
+    }  # fmt: skip
+    if protocol.num_gold is not None:
+        config["num_gold"] = min(protocol.num_gold, len(run.task.examples))
+    elif not protocol.filtered:
+        config["num_gold"] = len(run.task.examples)
+    if protocol.filtered:
+        config["filters"] = {"samples": chosen(run.filters)["samples"], "keep_best": run.recipe.annotation.keep_best}
+    inputs = []
+    if protocol.adapter:
+        config["adapter"] = protocol.adapter.ref.digest
+        inputs = [protocol.adapter.artifact]
+    return run.store.stage("evaluation", run.made_by(VERSION, **config), inputs)
+
+
+class _Evaluation:
+    """The state of one evaluation; rows are instances, in order."""
+
+    def __init__(self, run: TaskRun, protocol: Protocol, stage: Stage) -> None:
+        self._run, self._protocol, self._stage = run, protocol, stage
+        self._instances = run.evaluation_instances
+        self._rows: dict[int, dict[str, Any]] = {}
+        self._committed = 0
+        self._tokens = dict.fromkeys(TOKEN_COUNTS, 0)
+
+    async def run(self, proof: dict[str, Any] | None) -> Artifact:
+        self._committed = len(self._stage.committed())
+        requests = []
+        for row in range(self._committed, len(self._instances)):
+            requests += self._request(row)
+        sent = {request.id: row for request, row in requests}
+        affinity = self._run.task.name
+        async with self._run.pool.channel(affinity, self._stage.log, self._stage.suspects()) as channel:
+            channel.send([request for request, _ in requests])
+            while sent:
+                for outcome in await channel.receive():
+                    self._take(sent.pop(outcome.id), outcome)
+                self._commit()
+        self._commit()
+        return self._finish(proof)
+
+    def _request(self, row: int) -> list[tuple[Request, int]]:
+        """Nothing to send for a row that cannot fit: it is a miss, and says so."""
+        protocol, config = self._protocol, self._protocol.sampling
+        try:
+            prompt = self._run.prompts.answer(self._instances[row].input, config.max_tokens, protocol.num_gold)
+        except TooLong as error:
+            self._store(row, state=FAILED, filter="prompt_too_long", reason=str(error))
+            return []
+        constrain = self._run.recipe.evaluation.constrain_labels and self._run.is_classification
+        sampling = Sampling(
+            n=protocol.num_samples, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+            max_tokens=config.max_tokens, stop=(*config.stop, *self._run.prompts.stops),
+            seed=self._run.row_seed("evaluation", row), logprobs=protocol.needs_logprobs,
+            choices=self._run.task.labels if constrain else (),
+        )  # fmt: skip
+        self._rows[row] = {"prompt_tokens": len(prompt.ids), "demonstrations": prompt.num_gold}
+        self._tokens["prompt_tokens"] += len(prompt.ids)
+        adapter = protocol.adapter.ref if protocol.adapter else None
+        return [(Request(self._run.row_id(self._stage, row), prompt.ids, sampling, adapter), row)]
+
+    def _take(self, row: int, outcome: Outcome) -> None:
+        if isinstance(outcome, RequestFailed):
+            self._store(row, state=FAILED, filter=outcome.error, reason=outcome.message)
+            return
+        assert isinstance(outcome, Completion)
+        self._tokens["output_tokens"] += sum(len(sample.token_ids) for sample in outcome.samples)
+        self._tokens["cached_tokens"] += outcome.cached_tokens
+        parse = self._run.prompts.parse_output
+        samples = [
+            {"text": parse(s.text), "finish_reason": s.finish_reason, "tokens": len(s.token_ids), "logprob": s.logprob}
+            for s in outcome.samples
+        ]
+        if self._protocol.filtered:
+            samples.sort(key=lambda sample: sample["logprob"] or 0.0, reverse=True)
+            samples = samples[: self._run.recipe.annotation.keep_best]
+        self._store(row, state=ACCEPTED, samples=samples, prediction=samples[0]["text"])
+
+    def _store(self, row: int, **fields: Any) -> None:
+        instance = self._instances[row]
+        blank = dict.fromkeys(SCHEMA.names) | {"row": row, "id": instance.id, "prediction": ""}
+        self._rows[row] = blank | {"references": list(instance.references)} | self._rows.get(row, {}) | fields
+
+    def _commit(self) -> None:
+        """Shards in order, each scored once it is whole."""
+        total = len(self._instances)
+        while (end := min(self._committed + SHARD_ROWS, total)) > self._committed:
+            rows = [self._rows.get(row, {}) for row in range(self._committed, end)]
+            if not all("state" in row for row in rows):
+                return
+            self._stage.commit(self._scored(rows), SCHEMA)
+            self._stage.log({"event": "shard", "rows": end, **self._tokens})
+            self._committed = end
+            self._run.report(self._protocol.method, rows=end, of=total, output_tokens=self._tokens["output_tokens"])
+
+    def _scored(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self._protocol.filtered:
+            _choose_filtered(self._run, rows)
+        predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
+        exact = [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
+        rouge: list[float] | list[None] = [None] * len(rows)
+        if self._run.task.output_language == "English":  # other languages need GPT-2's tokenizer, never the English one
+            rouge = [metrics.rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
+        return [row | {"exact_match": e, "rouge_l": r} for row, e, r in zip(rows, exact, rouge, strict=True)]
+
+    def _finish(self, proof: dict[str, Any] | None) -> Artifact:
+        rows = self._stage.committed()
+        ledger = Ledger.of(rows)
+        ledger.reconcile(len(self._instances))
+        facts = {"scores": mean_scores(rows), "proof": proof, "kind": self._run.task.kind}
+        return self._stage.finish(rows, SCHEMA, ledger, **facts, **self._stage.tokens())
+
+
+def mean_scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means x 100 over all rows, failed ones being misses; ROUGE-L is None where it is unavailable."""
+    rouge = [row["rouge_l"] for row in rows]
+    return {
+        "n": len(rows),
+        "exact_match": round(100 * fmean(row["exact_match"] for row in rows), 4),
+        "rouge_l": None if None in rouge else round(100 * fmean(rouge), 4),
+    }
+
+
+def _choose_filtered(run: TaskRun, rows: list[dict[str, Any]]) -> None:
+    """The first sample, likeliest first, that the annotation filters let pass; none: an empty answer, a miss."""
+    import polars as pl
+
+    from selfguide.filters.chain import PairJudge, pairs_table
+
+    answered = [{**row, "input": "", "label": None} for row in rows if row["state"] == ACCEPTED]
+    if not answered:
+        return
+    judged = PairJudge(run.filters, run.context("output")).judge_samples(pairs_table(answered))
+    alive = judged.filter(pl.col("filter").is_null()).group_by("row", maintain_order=True).first()
+    first = dict(alive.select("row", "text").iter_rows())
+    for row in rows:
+        row["prediction"] = first.get(row["row"], "")
+
+
+async def _prove(run: TaskRun, adapter: Adapter) -> dict[str, Any]:
+    """Compares the engine's log-probabilities of training rows with the trainer's, before the adapter is scored.
+
+    Raises `TaskFailed` where the engine does not serve what was trained. Differences: mean absolute, nats a token.
+    """
+    tuned = await _logprobs(run, adapter, adapter.ref)
+    base = await _logprobs(run, adapter, None)
+    trained = [lp for canary in adapter.canaries for lp in canary.tuned_logprobs]
+    before = [lp for canary in adapter.canaries for lp in canary.base_logprobs]
+    missed, moved, noise = (_mean_difference(*pair) for pair in ((tuned, trained), (trained, before), (base, before)))
+    proof = {"engine_difference": missed, "training_difference": moved, "noise": noise, "adapter": adapter.ref.digest}
+    simulated = run.recipe.engine.kind == "simulated"
+    if simulated or moved <= noise:
+        return proof | {"status": "simulated" if simulated else "indistinguishable from base"}
+    if missed > MOST_OF_TRAINING * moved:
+        raise TaskFailed(
+            f"{run.task.name}: the engine does not serve the trained adapter: its log-probabilities differ from the "
+            f"trainer's by {missed:.3g} nats a token, training changed them by {moved:.3g}"
+        )
+    return proof | {"status": "proven"}
+
+
+async def _logprobs(run: TaskRun, adapter: Adapter, ref: Any) -> list[float]:
+    side = "tuned" if ref else "base"
+    requests = [
+        ScoreRequest(f"{adapter.ref.digest[:12]}/{side}/{i}", canary.prefix_ids, canary.completion_ids, ref)
+        for i, canary in enumerate(adapter.canaries)
+    ]
+    scores: dict[str, tuple[float, ...]] = {}
+    async for outcome in run.pool.score(requests, run.task.name):
+        if isinstance(outcome, RequestFailed):
+            raise TaskFailed(f"{run.task.name}: the adapter cannot be served: {outcome.message}")
+        assert not isinstance(outcome, Completion)
+        scores[outcome.id] = outcome.token_logprobs
+    return [lp for request in requests for lp in scores[request.id]]
+
+
+def _mean_difference(ours: list[float], theirs: list[float]) -> float:
+    return fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,127 @@
+"""The chains that a recipe lists: inputs as they are committed, pairs in curation. The first reason wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from selfguide.filters.base import Context, RowFilter, SetFilter, normalise
+from selfguide.filters.duplicates import Duplicate
+from selfguide.filters.labels import ValidLabel
+from selfguide.records import ACCEPTED, REJECTED
+
+if TYPE_CHECKING:
+    from selfguide.config import Filters
+
+SAMPLES = pl.List(pl.Struct({"text": pl.String, "finish_reason": pl.String, "tokens": pl.Int32, "logprob": pl.Float64}))
+PAIRS = {"row": pl.Int32(), "input": pl.String(), "label": pl.String(), "samples": SAMPLES}
+
+
+def compile_chain(filters: Sequence[RowFilter], context: Context) -> list[pl.Expr]:
+    """The columns `filter` and `reason`: of the first filter that turns a row away, null where none does."""
+    reasons = [one.reason(context) for one in filters]
+    names = [pl.when(reason.is_not_null()).then(pl.lit(one.name)) for one, reason in zip(filters, reasons, strict=True)]
+    nothing = pl.lit(None, dtype=pl.String)
+    return [pl.coalesce([*names, nothing]).alias("filter"), pl.coalesce([*reasons, nothing]).alias("reason")]
+
+
+class InputJudge:
+    """Judges inputs in index order, batch by batch: the result does not depend on how rows fall into batches."""
+
+    def __init__(self, filters: Filters, context: Context) -> None:
+        self._chain = compile_chain([one for one in filters.inputs if not isinstance(one, Duplicate)], context)
+        self._distinct = any(isinstance(one, Duplicate) for one in filters.inputs)
+        self._seen: set[str] = set()
+
+    def judge(self, texts: Sequence[str], tokens: Sequence[int], finish: Sequence[str]) -> list[tuple[str, str] | None]:
+        """Filter and reason for each text that is turned away, None for one that stays."""
+        columns = {"text": list(texts), "tokens": list(tokens), "finish_reason": list(finish)}
+        rows = pl.DataFrame(columns).with_columns(self._chain)
+        verdicts: list[tuple[str, str] | None] = []
+        for key, name, reason in zip(normalise(list(texts)), rows["filter"], rows["reason"], strict=True):
+            if name is None and self._distinct and key in self._seen:
+                name, reason = "duplicate", "seen before"
+            verdicts.append((name, reason) if name is not None else None)
+            if name is None:
+                self._seen.add(key)
+        return verdicts
+
+    def recall(self, texts: Sequence[str]) -> None:
+        """Accepted inputs of an earlier process."""
+        self._seen.update(normalise(list(texts)))
+
+
+def pairs_table(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """Rows with `row`, `input`, `label` and `samples` as the table that `PairJudge` reads."""
+    return pl.DataFrame([{key: row[key] for key in PAIRS} for row in rows], schema=PAIRS)
+
+
+class PairJudge:
+    """Judges inputs with their sampled outputs: one line for each input, row by row, without the set filters."""
+
+    def __init__(self, filters: Filters, context: Context) -> None:
+        self._samples = compile_chain(filters.samples, context)
+        self._pairs = compile_chain(filters.pairs, context)
+        self._vote = filters.vote
+        label = next((one for one in filters.samples if isinstance(one, ValidLabel)), None)
+        self._read = pl.col("text") if label is None else label.read(context)
+
+    def judge(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """From `pairs_table` to row, input, label, text (the output), votes, share, tokens, filter, reason.
+
+        Where no sample survives, the reason is the most frequent one among the samples.
+        """
+        table = rows.select(list(PAIRS))
+        samples = self.judge_samples(table)
+        alive = samples.filter(pl.col("filter").is_null())
+        num_samples = table.select(pl.col("samples").list.len().max()).item() or 1
+        elected = self._vote.elect(alive.select("row", "text"), num_samples)
+        tokens = alive.group_by("row", "text").agg(pl.col("tokens").first())
+        pairs = table.drop("samples").join(elected, on="row", how="left", maintain_order="left")
+        pairs = pairs.join(tokens, on=["row", "text"], how="left", maintain_order="left")
+        pairs = pairs.with_columns(pl.lit("stop").alias("finish_reason"), pl.col("text").fill_null(""))
+        return _explain_silent(self._judge_elected(pairs), samples).drop("finish_reason")
+
+    def judge_samples(self, table: pl.DataFrame) -> pl.DataFrame:
+        """One line for each sample, with its verdict; where labels are read, a survivor's text is its label."""
+        samples = table.explode("samples").unnest("samples").filter(pl.col("text").is_not_null())
+        judged = samples.with_columns(pl.col("text").str.strip_chars()).with_columns(self._samples)
+        read = pl.when(pl.col("filter").is_null()).then(self._read).otherwise(pl.col("text"))
+        return judged.with_columns(read.alias("text"))
+
+    def _judge_elected(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        unsure = self._vote.reason()
+        name = pl.when(unsure.is_not_null()).then(pl.lit(self._vote.name)).otherwise(pl.col("filter"))
+        judged = pairs.with_columns(self._pairs)
+        return judged.with_columns(name.alias("filter"), pl.coalesce(unsure, pl.col("reason")).alias("reason"))
+
+
+def _explain_silent(pairs: pl.DataFrame, samples: pl.DataFrame) -> pl.DataFrame:
+    """Rows without a surviving sample get the commonest reason of their samples."""
+    why = samples.group_by("row", "filter").agg(pl.len().alias("count"), pl.col("reason").first())
+    why = why.filter(pl.col("filter").is_not_null()).sort("count", "filter", descending=[True, False])
+    why = why.group_by("row", maintain_order=True).first().select("row", pl.col("filter", "reason").name.suffix("_all"))
+    pairs = pairs.join(why, on="row", how="left", maintain_order="left")
+    silent = pl.col("votes").is_null()
+    name, reason = pl.coalesce("filter_all", pl.lit("empty")), pl.coalesce("reason_all", pl.lit("no samples"))
+    pairs = pairs.with_columns(
+        pl.when(silent).then(name).otherwise(pl.col("filter")).alias("filter"),
+        pl.when(silent).then(pl.lit("no sample left: ") + reason).otherwise(pl.col("reason")).alias("reason"),
+    )
+    return pairs.drop("filter_all", "reason_all")
+
+
+def judge_set(pairs: pl.DataFrame, filters: Sequence[SetFilter], context: Context) -> pl.DataFrame:
+    """Applies the set filters, each to the rows that are left, and states every row's end."""
+    for one in filters:
+        kept = pairs.filter(pl.col("filter").is_null())
+        if kept.height:
+            verdict = pl.DataFrame({"row": kept["row"], "why": one.reasons(kept, context)})
+            pairs = pairs.join(verdict, on="row", how="left", maintain_order="left")
+            gone = pl.col("why").is_not_null()
+            name = pl.when(gone).then(pl.lit(one.name)).otherwise(pl.col("filter"))
+            pairs = pairs.with_columns(name.alias("filter"), pl.coalesce("why", "reason").alias("reason")).drop("why")
+    state = pl.when(pl.col("filter").is_null()).then(pl.lit(ACCEPTED)).otherwise(pl.lit(REJECTED))
+    return pairs.with_columns(state.alias("state"))

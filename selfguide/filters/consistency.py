@@ -1,0 +1,72 @@
+"""Self-consistency: of several annotations of one input, the one that the samples agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from selfguide.filters.base import FilterSpec
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+class Vote(FilterSpec):
+    """Takes the most frequent surviving answer; ties go to the shortest, then the first in the alphabet.
+
+    The authors ask for a share of the *survivors*, so that one survivor of ten is unanimous; here the
+    share is of all samples unless `of` says otherwise. "medoid" suits free text, where no two answers are equal: the
+    answer with the highest mean ROUGE-L to the others, which is then its share.
+    """
+
+    name: Literal["consistency"] = "consistency"
+    choose: Literal["frequent", "medoid"] = "frequent"
+    """How the answer is chosen."""
+    min_share: float = Field(default=0.3, ge=0, le=1)
+    """The least share of samples behind the chosen answer."""
+    of: Literal["samples", "survivors"] = "samples"
+    """What the share is a share of."""
+
+    def elect(self, answers: pl.DataFrame, num_samples: int) -> pl.DataFrame:
+        """From surviving answers (`row`, `text`) to one line a row: `row`, `text`, `votes`, `share`."""
+        import polars as pl
+
+        if self.choose == "medoid":
+            return _medoids(answers)
+        counted = answers.group_by("row", "text").agg(pl.len().alias("votes"))
+        survivors = pl.col("votes").sum().over("row")
+        share = pl.col("votes") / (survivors if self.of == "survivors" else num_samples)
+        ranked = counted.with_columns(share.alias("share"), pl.col("text").str.len_chars().alias("length"))
+        ranked = ranked.sort("row", "votes", "length", "text", descending=[False, True, False, False])
+        return ranked.group_by("row", maintain_order=True).first().select("row", "text", "votes", "share")
+
+    def reason(self) -> pl.Expr:
+        """Null where enough samples stand behind the answer."""
+        import polars as pl
+
+        share = (pl.col("share") * 100).round(0).cast(pl.Int64).cast(pl.String)
+        few = pl.col("share") < self.min_share
+        return pl.when(few).then(share + pl.lit(f"% agree, {self.min_share:.0%} asked for"))
+
+
+def _medoids(answers: pl.DataFrame) -> pl.DataFrame:
+    import polars as pl
+
+    elected = []
+    for (row,), group in answers.group_by("row", maintain_order=True):
+        text, votes, share = _medoid(group["text"].to_list())
+        elected.append({"row": row, "text": text, "votes": votes, "share": share})
+    schema = {"row": pl.Int32, "text": pl.String, "votes": pl.UInt32, "share": pl.Float64}
+    return pl.DataFrame(elected, schema=schema)
+
+
+def _medoid(texts: Sequence[str]) -> tuple[str, int, float]:
+    from selfguide.metrics import rouge_l
+
+    if len(texts) == 1:
+        return texts[0], 1, 1.0
+    means = [sum(rouge_l(one, [other]) for j, other in enumerate(texts) if j != i) for i, one in enumerate(texts)]
+    best = max(range(len(texts)), key=lambda i: (means[i], -len(texts[i])))
+    return texts[best], texts.count(texts[best]), means[best] / (len(texts) - 1)

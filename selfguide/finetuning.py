@@ -1,0 +1,114 @@
+"""Stage 3: kept pairs become training rows, training rows an adapter."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.trainers import TrainingFailed
+from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
+from selfguide.errors import TaskFailed
+from selfguide.prompts import TooLong
+from selfguide.records import ACCEPTED, REJECTED, Ledger
+from selfguide.store import Artifact, Stage, write_rows
+from selfguide.taskrun import TaskRun, chosen
+
+VERSION = 1
+SCHEMA = pa.schema([
+    ("row", pa.int32()), ("state", pa.string()), ("filter", pa.string()), ("reason", pa.string()),
+    ("prompt_tokens", pa.int32()), ("input_ids", pa.list_(pa.int32())),
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The finetuned student, and the training rows that can prove it in an engine."""
+
+    ref: AdapterRef
+    canaries: tuple[Canary, ...]
+    artifact: Artifact
+
+
+async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
+    """Trains on the kept pairs; a killed job goes on from its last epoch. Rows that do not fit are counted."""
+    stage = finetuning_stage(run, kept)
+    async with run.lock(stage):
+        if not stage.done:
+            with stage.writing():
+                rows = _training_rows(run, kept)
+                ledger = Ledger.of(rows)
+                ledger.reconcile(kept.marker["ledger"]["accepted"])
+                if ledger.accepted < run.recipe.finetuning.min_rows:
+                    longest = run.recipe.finetuning.max_length
+                    raise TaskFailed(
+                        f"{run.task.name}: {ledger.accepted} rows fit finetuning.max_length {longest}; raise it"
+                    )
+                result = await _train(run, stage, rows)
+                _keep_weights(stage, result)
+                stage.finish(rows, SCHEMA, ledger, train=_described(result))
+    assert stage.done is not None
+    return _read_adapter(stage.done)
+
+
+def finetuning_stage(run: TaskRun, kept: Artifact) -> Stage:
+    config = {"finetuning": chosen(run.recipe.finetuning), "demonstrations": run.recipe.evaluation.demonstrations}
+    return run.store.stage("finetuning", run.made_by(VERSION, dtype=run.recipe.model.dtype, **config), [kept])
+
+
+def _training_rows(run: TaskRun, kept: Artifact) -> list[dict[str, Any]]:
+    config = run.recipe.finetuning
+    rows = []
+    for pair in kept.rows():
+        if pair["state"] != ACCEPTED:
+            continue
+        row = {"row": pair["row"], "state": ACCEPTED, "filter": None, "reason": None}
+        try:
+            ids, cut = run.prompts.training(pair["input"], pair["output"], config.max_length, run.num_demonstrations)
+            rows.append(row | {"prompt_tokens": cut, "input_ids": ids})
+        except TooLong as error:
+            why = {"state": REJECTED, "filter": "max_length", "reason": str(error)}
+            rows.append(row | why | {"prompt_tokens": None, "input_ids": None})
+    return rows
+
+
+async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]]) -> TrainResult:
+    path, work = stage.work / "train.parquet", stage.work / "trainer"
+    work.mkdir(exist_ok=True)
+    write_rows(path, [row for row in rows if row["state"] == ACCEPTED], SCHEMA)
+
+    def hear(step: dict[str, Any]) -> None:
+        run.report("finetuning", rows=step["step"], of=step["steps"], loss=step["loss"])
+
+    try:
+        async with run.pool.asleep() if run.time_shared else nullcontext():
+            return await run.trainers.train(train_spec(run), path, work, hear)
+    except TrainingFailed as error:
+        raise TaskFailed(f"{run.task.name}: finetuning failed: {error}") from error
+
+
+def train_spec(run: TaskRun) -> TrainSpec:
+    config = chosen(run.recipe.finetuning)
+    del config["min_rows"]
+    spec = TrainSpec(model=run.student.folder, base_digest=run.student.digest, dtype=run.recipe.model.dtype, **config)
+    return replace(spec, seed=run.row_seed("finetuning", 0) % 2**31)
+
+
+def _keep_weights(stage: Stage, result: TrainResult) -> None:
+    """Moves the final weights beside the stage's rows; the trainer's folder goes with the work folder."""
+    Path(result.checkpoints[-1].url).rename(stage.path / "weights")
+
+
+def _described(result: TrainResult) -> dict[str, Any]:
+    return asdict(replace(result, checkpoints=result.checkpoints[-1:]))
+
+
+def _read_adapter(artifact: Artifact) -> Adapter:
+    """Paths are worked out anew, so that a run folder can be moved."""
+    train = artifact.marker["train"]
+    ref = AdapterRef(**{**train["checkpoints"][-1], "url": str(artifact.path / "weights")})
+    canaries = tuple(Canary(**{key: tuple(value) for key, value in one.items()}) for one in train["canaries"])
+    return Adapter(ref, canaries, artifact)

@@ -1,0 +1,88 @@
+"""SELF-GUIDE and its controls: each an async function over a TaskRun, readable on one screen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from selfguide.comparison import record
+from selfguide.curation import curate
+from selfguide.evaluation import Protocol, evaluate
+from selfguide.finetuning import Adapter, finetune
+from selfguide.intervals import Difference, paired_bootstrap
+from selfguide.store import Artifact
+from selfguide.synthesis import synthesize
+from selfguide.taskrun import TaskRun
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What became of the task: the finetuned student, and every method's scores on the same rows.
+
+    `evaluations` and `differences` (tuned minus the other method, in points) are empty for a task without held-out data.
+    """
+
+    task: str
+    adapter: Adapter
+    evaluations: Mapping[str, Artifact]
+    differences: Mapping[str, Mapping[str, Difference]]
+
+
+async def self_guide(run: TaskRun) -> Comparison:
+    """SELF-GUIDE (2407.12874 section 2), and beside it the untuned student and its controls on the same rows."""
+    untuned = asyncio.create_task(evaluate_untuned(run))  # fills the engines while the trainer works
+    try:
+        candidates = await synthesize(run)
+        kept = await curate(run, candidates)
+        adapter = await finetune(run, kept)
+        return await compare(run, adapter, await untuned)
+    finally:
+        untuned.cancel()
+        await asyncio.gather(untuned, return_exceptions=True)
+
+
+async def evaluate_untuned(run: TaskRun) -> dict[str, Artifact]:
+    """The base and the recipe's controls, by method."""
+    methods = {"base": base, "few_shot_icl": few_shot_icl, "filtered_decoding": filtered_decoding}
+    evaluations = {}
+    for name in ("base", *run.recipe.evaluation.controls):
+        if artifact := await methods[name](run):
+            evaluations[name] = artifact
+    return evaluations
+
+
+async def base(run: TaskRun) -> Artifact | None:
+    """The untuned student on the very prompts that the tuned one gets."""
+    return await evaluate(run, Protocol("base", run.recipe.evaluation.sampling, run.num_demonstrations))
+
+
+async def few_shot_icl(run: TaskRun) -> Artifact | None:
+    """The untuned student with all the demonstrations that fit."""
+    return await evaluate(run, Protocol("few_shot_icl", run.recipe.evaluation.sampling, None))
+
+
+async def filtered_decoding(run: TaskRun) -> Artifact | None:
+    """The untuned student, sampled and filtered at inference as annotation is (docs/methods.md)."""
+    config = run.recipe.annotation
+    protocol = Protocol("filtered_decoding", config.sampling, None, config.num_samples, filtered=True)
+    return await evaluate(run, protocol)
+
+
+async def tuned(run: TaskRun, adapter: Adapter) -> Artifact | None:
+    """The finetuned student, once the engine has been proven to serve it."""
+    return await evaluate(
+        run, Protocol("self_guide", run.recipe.evaluation.sampling, run.num_demonstrations, adapter=adapter)
+    )
+
+
+async def compare(run: TaskRun, adapter: Adapter, untuned: Mapping[str, Artifact]) -> Comparison:
+    """Scores the tuned student and sets it against every untuned method, row by row."""
+    ours = await tuned(run, adapter)
+    evaluations, differences = {}, {}
+    if ours is not None:
+        resamples, seed = run.recipe.evaluation.bootstrap_samples, run.recipe.seed
+        differences = {name: paired_bootstrap(ours, other, resamples, seed) for name, other in untuned.items()}
+        evaluations = {**untuned, "self_guide": ours}
+    await record(run, adapter, evaluations, differences)
+    return Comparison(run.task.name, adapter, evaluations, differences)

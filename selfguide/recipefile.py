@@ -1,0 +1,177 @@
+"""Reading recipes: YAML files, `extends`, and `--set key=value`; every mistake names the key and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from selfguide.config import Recipe
+from selfguide.errors import UserError
+from selfguide.filters import Vote, filter_specs
+
+_MAX_EXTENDS = 8
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name and file of every recipe in the package."""
+    folder = Path(str(files("selfguide"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(recipe: str | Path = "default", changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A shipped recipe by name, or a YAML file; `changes` maps dotted keys to values."""
+    path = _find(str(recipe))
+    tree = _read(path, depth=0)
+    for key, value in (changes or {}).items():
+        _set(tree, key, value)
+    tree.setdefault("name", path.stem)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"recipe {path.name}: {_explain(error)}") from None
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`synthesis.lag=10` as key and value; the value is YAML, so lists, numbers, true and null work."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text}: write key=value, for example --set synthesis.lag=10")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: {value!r} is not valid YAML; quote the text") from None
+
+
+def describe_fields() -> list[str]:
+    """Every key of the recipe and every filter with its parameters, as Markdown lines; docs/recipe.md is this."""
+    lines = ["# Recipe keys", "", "Printed by `selfguide recipes --fields`. Change one with `--set key=value`.", ""]
+    lines += _describe(Recipe, "")
+    lines += ["", "## Filters", "", "Entries of the chains in `filters`: `- {name: length, sigmas: 3.0}`.", ""]
+    for one in filter_specs():
+        lines += ["", f"### {one.model_fields['name'].default}", "", cleandoc(one.__doc__ or ""), ""]
+        lines += [line for line in _describe(one, "") if not line.startswith("- `name`")]
+    return lines
+
+
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Vote:
+            yield from _describe(kind, f"{prefix}{name}.")
+        else:
+            default = json.dumps(field.get_default(call_default_factory=True), default=_as_json)
+            shown = default if len(default) < 80 else f"{default[:76]} ..."
+            yield f"- `{prefix}{name}` = `{shown}`: {cleandoc(field.description or '')}"
+
+
+def _as_json(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else asdict(value)
+
+
+def _find(recipe: str) -> Path:
+    shipped = shipped_recipes()
+    if recipe in shipped:
+        return shipped[recipe]
+    if recipe.endswith((".yaml", ".yml")):
+        return Path(recipe)
+    near = difflib.get_close_matches(recipe, shipped, 1)
+    hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(shipped)} or a .yaml file"
+    raise UserError(f"no recipe is called {recipe!r}: {hint}")
+
+
+def _read(path: Path, depth: int) -> dict[str, Any]:
+    tree = _parse(path)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if depth >= _MAX_EXTENDS:
+        raise UserError(f"{path}: extends goes more than {_MAX_EXTENDS} recipes deep; does it name itself?")
+    beside = path.parent / str(parent)
+    base = beside if beside.is_file() else _find(str(parent))
+    return _merge(_read(base, depth + 1), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also refuses repeated keys and aliases (a few of which can stand for gigabytes)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.get_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="an alias (*): write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.MarkedYAMLError(problem=f"repeated key {key}", problem_mark=node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"recipe {path}: cannot be read ({error.strerror}); correct the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"recipe {path}: is not UTF-8 text; save it as UTF-8") from None
+    except RecursionError:
+        raise UserError(f"recipe {path}: is nested too deeply; a recipe is sections of keys") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"recipe {path}, line {line}: {error.problem}; correct it there") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"recipe {path}: is not YAML ({' '.join(str(error).split())})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise UserError(f"recipe {path}: is no mapping; write sections such as synthesis: with keys below them")
+    return tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, everything else is replaced; a filter (it has a name of its own) is replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {key}: {section} is a value, not a section")
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake: its dotted key, what is wrong, and for an unknown key the nearest known one."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg']} (got {str(first.get('input'))[:60]!r})"
+    *parents, name = first["loc"]
+    known = _known_keys(parents)
+    near = difflib.get_close_matches(str(name), known, 1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+    return f"{where}: no such key; {hint}"
+
+
+def _known_keys(path: list[int | str]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        field = getattr(section, "model_fields", {}).get(part)
+        section = getattr(field, "annotation", None) if field else section
+    return sorted(getattr(section, "model_fields", getattr(section, "__dataclass_fields__", {})))

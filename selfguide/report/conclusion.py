@@ -1,0 +1,87 @@
+"""What a line's numbers say, in sentences that a person can quote. Nothing is claimed that an interval does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TITLES = {
+    "base": "the untuned student",
+    "few_shot_icl": "the untuned student with all demonstrations",
+    "filtered_decoding": "filtered decoding",
+    "self_guide": "SELF-GUIDE",
+}
+METRIC_TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
+
+
+def conclude(line: Mapping[str, Any]) -> list[str]:
+    """Sentences about one line (a `line` of `docs/report.md`), the caveats first."""
+    metric = line["primary_metric"]
+    if metric is None:
+        return ["The task has no held-out data, so there are no scores."]
+    others = {one["method"]: one for one in line["methods"] if one["method"] != "self_guide"}
+    base = others.pop("base")
+    gain = base["differences"][metric]
+    sentences = [*_caveats(line), _against_base(gain, metric)]
+    for control in others.values():
+        if control["evaluation"] != base["evaluation"]:
+            sentences += _against_control(control["method"], control["differences"][metric], _sign(gain) > 0)
+    return sentences
+
+
+def title(method: str) -> str:
+    return TITLES.get(method, method.replace("_", " "))
+
+
+def points(value: float) -> str:
+    """One decimal; a negative zero is zero."""
+    return f"{round(value, 1) + 0.0:.1f}"
+
+
+def bounds(estimate: Mapping[str, Any]) -> str:
+    return f"{points(estimate['low'])} to {points(estimate['high'])}"
+
+
+def _sign(estimate: Mapping[str, Any]) -> int:
+    """1 or -1 where the interval, as printed, lies on one side of zero; else 0."""
+    low, high = round(estimate["low"], 1), round(estimate["high"], 1)
+    return int(low > 0) - int(high < 0)
+
+
+def _caveats(line: Mapping[str, Any]) -> list[str]:
+    if line["engine"] == "simulated":
+        return ["Simulated engines answered, without a model: the scores mean nothing."]
+    caveats = []
+    if line["student"]["name"] == "random":
+        caveats.append(
+            "The student has random weights: the scores show that the machine works, not that the method does."
+        )
+    if line["proof"]["status"] == "indistinguishable from base":
+        caveats.append("Training changed the student by no more than the engine's numerical noise.")
+    return caveats
+
+
+def _against_base(gain: Mapping[str, Any], metric: str) -> str:
+    amount = points(abs(gain["mean"]))
+    if float(amount) == 0:
+        claim = f"SELF-GUIDE and the untuned student score the same in {METRIC_TITLES[metric]}"
+    else:
+        side = "above" if gain["mean"] > 0 else "below"
+        claim = f"SELF-GUIDE is {amount} points {side} the untuned student in {METRIC_TITLES[metric]}"
+    verdict = {1: "excludes zero", 0: "does not exclude zero", -1: "excludes zero: finetuning made the student worse"}
+    return f"{claim} (95% interval {bounds(gain)}, n = {gain['n']}), which {verdict[_sign(gain)]}."
+
+
+def _against_control(method: str, gain: Mapping[str, Any], gained: bool) -> list[str]:
+    """A control matters where it is clearly better or worse, or where it may explain the gain."""
+    name, amount, sign = title(method), points(abs(gain["mean"])), _sign(gain)
+    numbers = f"(95% interval {bounds(gain)})"
+    if sign > 0:
+        return [f"It is {amount} points above {name} {numbers}, which trains nothing."]
+    if sign < 0:
+        return [f"It is {amount} points below {name} {numbers}, which trains nothing."]
+    if gained:
+        return [
+            f"It is not shown to be above {name} (difference {points(gain['mean'])}, {bounds(gain)}), which trains nothing and may explain the gain."
+        ]
+    return []

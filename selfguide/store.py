@@ -1,0 +1,338 @@
+"""The run folder: `tasks/<task>/<stage>/<fingerprint>/`, shards while a stage runs, three files when it is done.
+
+A stage's fingerprint covers what made it: its config, its version, the model's digest and its inputs' digests. Methods
+that share a stage share its folder, and nothing is ever overwritten. Rows are written in shards of fixed ranges of row
+index, each an immutable file that appears whole (write beside, fsync, link); a kill costs what is in flight and one
+open shard. The marker `done.json` comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from selfguide.errors import UserError
+from selfguide.records import Ledger
+
+FORMAT = 1
+"""Version of the folder's layout; a newer one is refused."""
+SHARD_ROWS = 64
+_BEAT_S, _SILENT_S = 15.0, 120.0
+"""A lease is touched this often, and taken over from another host after this much silence. Seconds."""
+TOKEN_COUNTS = ("prompt_tokens", "output_tokens", "cached_tokens")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a finished stage hands to the next: where it is, the digest of its rows, and its marker."""
+
+    stage: str
+    path: Path
+    digest: str
+    marker: Mapping[str, Any]
+
+    @property
+    def rows_path(self) -> Path:
+        return self.path / "rows.parquet"
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(pq.read_table(self.rows_path).to_pylist())
+
+
+class RunStore:
+    """A run folder. Raises `UserError` where it is not one, or one of a newer selfguide."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._check_format()
+
+    def _check_format(self) -> None:
+        path = self.root / "run.json"
+        try:
+            if path.is_file():
+                known = json.loads(path.read_text(encoding="utf-8")).get("format")
+                if known != FORMAT:
+                    raise UserError(
+                        f"{path}: format {known}, this selfguide writes {FORMAT}; choose another --out folder"
+                    )
+                return
+            if self.root.is_dir() and any(self.root.iterdir()):
+                raise UserError(f"{self.root}: is not empty and no run folder; choose another --out folder")
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps({"format": FORMAT, "created": time.time()}).encode())
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.root}: cannot be used as a run folder ({error}); choose another with --out"
+            ) from error
+
+    def task(self, name: str) -> TaskStore:
+        return TaskStore(self.root / "tasks" / _folder_name(name))
+
+    def tasks(self) -> list[TaskStore]:
+        return [TaskStore(path) for path in sorted((self.root / "tasks").glob("*")) if path.is_dir()]
+
+
+class TaskStore:
+    """One task's stages."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def stage(self, name: str, made_by: Mapping[str, Any], inputs: Sequence[Artifact] = ()) -> Stage:
+        """The stage that `made_by` (config, versions, digests) and `inputs` make, new, unfinished or done."""
+        lineage = [f"{one.stage}/{one.path.name}" for one in inputs]
+        text = json.dumps([name, made_by, [one.digest for one in inputs]], sort_keys=True, default=str)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return Stage(name, self.root / name / fingerprint, dict(made_by), lineage)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every finished stage, oldest first."""
+        markers = [path for path in self.root.glob("*/*/done.json") if "." not in path.parent.name]
+        return sorted(map(_read_artifact, markers), key=lambda one: one.marker["finished"])
+
+    def retire(self, stage: str) -> int:
+        """Sets aside what `--force stage` wants made again; returns how many folders that were."""
+        folders = [path for path in (self.root / stage).glob("*") if path.is_dir() and "." not in path.name]
+        for path in folders:
+            path.rename(path.with_name(f"{path.name}.replaced-{time.time_ns()}"))
+        return len(folders)
+
+
+class Stage:
+    """One stage's folder. Write only inside `with stage.writing():`, which fences off a second writer."""
+
+    def __init__(self, name: str, path: Path, made_by: dict[str, Any], inputs: list[str]) -> None:
+        self.name = name
+        self.path = path
+        self.fingerprint = path.name
+        self._made_by = made_by
+        self._inputs = inputs
+        self._epoch = 0
+
+    @property
+    def done(self) -> Artifact | None:
+        marker = self.path / "done.json"
+        return _read_artifact(marker) if marker.is_file() else None
+
+    @property
+    def work(self) -> Path:
+        return self.path / "work"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Takes the stage's lease; raises `UserError` where another process holds it."""
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._epoch = _take_lease(self.work)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free space or choose another --out"
+            ) from error
+        self.log({"event": "begin", "epoch": self._epoch})
+        left = threading.Event()
+        threading.Thread(target=_beat, args=(self.work / f"lease-{self._epoch}", left), daemon=True).start()
+        try:
+            yield
+        finally:
+            left.set()
+            if self.work.is_dir() and _epoch(self.work) == self._epoch:
+                (self.work / f"lease-{self._epoch}").unlink(missing_ok=True)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Adds one line to the stage's events; on disk when this returns."""
+        line = json.dumps({"time": time.time(), **event}, default=str) + "\n"
+        with (self.work / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        path = self.path / "events.jsonl" if self.done else self.work / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def suspects(self) -> set[str]:
+        """Ids of rows that were in flight when an engine died."""
+        return {row for event in self.events() if event["event"] == "engine_died" for row in event["rows"]}
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens spent on this stage by all processes that worked on it, as far as their events tell."""
+        total, current = dict.fromkeys(TOKEN_COUNTS, 0), dict.fromkeys(TOKEN_COUNTS, 0)
+        for event in [*self.events(), {"event": "begin"}]:
+            if event["event"] == "begin":
+                total = {key: total[key] + current[key] for key in total}
+                current = dict.fromkeys(TOKEN_COUNTS, 0)
+            current |= {key: event[key] for key in TOKEN_COUNTS if key in event}
+        return total
+
+    # ---- shards
+
+    def committed(self) -> list[dict[str, Any]]:
+        """Rows of all shards up to the first gap, in order: final, whatever happens later."""
+        rows: list[dict[str, Any]] = []
+        while (path := self._shard(len(rows))).is_file():
+            rows += pq.read_table(path).to_pylist()
+            if len(rows) % SHARD_ROWS:
+                break  # the last shard of a stage may be short
+        return rows
+
+    def commit(self, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+        """Writes the shard that begins with `rows[0]`; `row` indexes are contiguous from a multiple of SHARD_ROWS."""
+        if _epoch(self.work) != self._epoch:
+            raise UserError(f"{self.path}: another process has taken this stage over; this one stops")
+        path = self._shard(rows[0]["row"])
+        try:
+            write_rows(path, rows, schema, replace=False)
+        except FileExistsError:
+            raise UserError(f"{self.path}: another process has written {path.name}; this one stops") from None
+
+    def _shard(self, first_row: int) -> Path:
+        return self.work / f"rows-{first_row:08d}.parquet"
+
+    def finish(
+        self, rows: Sequence[Mapping[str, Any]] | Path, schema: pa.Schema | None, ledger: Ledger, **facts: Any
+    ) -> Artifact:
+        """Merges rows, events and marker into place. `rows` may be a file that is already written in `work`."""
+        if isinstance(rows, Path):
+            rows.replace(self.path / "rows.parquet")
+        else:
+            assert schema is not None
+            write_rows(self.path / "rows.parquet", rows, schema)
+        self.log({"event": "end"})
+        events = self.events()
+        shutil.copyfile(self.work / "events.jsonl", self.path / "events.jsonl")
+        marker = {
+            "stage": self.name, "fingerprint": self.fingerprint, "format": FORMAT, "inputs": self._inputs,
+            "made_by": self._made_by, "rows_digest": _file_digest(self.path / "rows.parquet"),
+            "ledger": ledger.as_dict(), "seconds": _busy_seconds(events), "finished": time.time(), **facts,
+        }  # fmt: skip
+        write_whole(self.path / "done.json", json.dumps(marker, indent=1, default=str).encode())
+        shutil.rmtree(self.work)
+        return _read_artifact(self.path / "done.json")
+
+
+def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """The file appears whole or not at all; with `replace=False` an existing one raises `FileExistsError`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            beside.replace(path)
+        else:
+            os.link(beside, path)
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free space, then run the same command again"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, *, replace: bool = True) -> None:
+    """Rows as Parquet, zstd-compressed; whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink, compression="zstd")
+    write_whole(path, sink.getvalue().to_pybytes(), replace=replace)
+
+
+def _read_artifact(marker: Path) -> Artifact:
+    content = json.loads(marker.read_text(encoding="utf-8"))
+    return Artifact(content["stage"], marker.parent, content["rows_digest"], content)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_name(task: str) -> str:
+    """A task's name as one path segment; a name that had to be changed gets a hash, so that no two collide."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", task).lstrip(".")[:100]
+    return safe if safe == task else f"{safe}-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
+
+
+def _busy_seconds(events: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds between the first and the last event of each process that worked on the stage, added up."""
+    total, began, last = 0.0, 0.0, 0.0
+    for event in events:
+        if event["event"] == "begin":
+            total += last - began
+            began = event["time"]
+        last = event["time"]
+    return round(total + last - began, 3)
+
+
+def _take_lease(work: Path) -> int:
+    """A file `lease-<epoch>` names the holder. A holder that is dead, or silent on another host, is succeeded."""
+    epoch = _epoch(work)
+    lease = work / f"lease-{epoch}"
+    if lease.is_file() and _alive(lease):
+        raise UserError(f"{work.parent}: another process is at work here ({lease.read_text()}); wait for it or end it")
+    me = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+        "since": time.time(),
+    }
+    holder = json.dumps(me)
+    try:
+        with (work / f"lease-{epoch + 1}").open("x", encoding="utf-8") as file:
+            file.write(holder)
+    except FileExistsError:
+        raise UserError(
+            f"{work.parent}: another process began here at the same moment; run the command again"
+        ) from None
+    lease.unlink(missing_ok=True)
+    (work / f"epoch-{epoch + 1}").touch()
+    return epoch + 1
+
+
+def _beat(lease: Path, left: threading.Event) -> None:
+    """Touches the lease while its holder lives; ends when the holder leaves or has been succeeded."""
+    while not left.wait(_BEAT_S) and lease.is_file():
+        lease.touch()
+
+
+def _epoch(work: Path) -> int:
+    """The highest epoch that was ever taken here."""
+    names = [*work.glob("lease-*"), *work.glob("epoch-*")]
+    return max((int(path.name.split("-")[1]) for path in names), default=0)
+
+
+def _alive(lease: Path) -> bool:
+    """On this machine the process is looked for; on another one its heartbeat is all there is."""
+    holder = json.loads(lease.read_text(encoding="utf-8") or "{}")
+    if holder.get("host") != socket.gethostname():
+        return time.time() - lease.stat().st_mtime < _SILENT_S
+    # A process number is used again; together with its start it is not.
+    pid = holder.get("pid", 0)
+    started = _process_start(pid)
+    return bool(pid != os.getpid() and started is not None and started == holder.get("started"))
+
+
+def _process_start(pid: int) -> str | None:
+    """Clock ticks from boot to the start of the process, or None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]

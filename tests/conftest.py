@@ -1,0 +1,71 @@
+"""What tests share: one Ray, one vLLM engine and one random student for the whole session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import pytest_asyncio
+
+from cluster.placement import ClusterSpec
+from selfguide.api import Session, open_session
+from selfguide.config import Recipe
+from selfguide.recipefile import load_recipe
+
+pytest_plugins = ["ni_data"]
+
+REPO = Path(__file__).parent.parent
+EXAMPLES = REPO / "selfguide" / "examples"
+
+
+class OpenSimulated(Protocol):
+    """Opens a session of simulated engines: a recipe of its own from `smoke` and dotted changes."""
+
+    def __call__(self, **changes: Any) -> AbstractAsyncContextManager[Session]: ...
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[dict[str, float]]:
+    """One local Ray, with logical CPUs enough for every test's actors."""
+    from cluster.session import ray_session
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # its token file lives in the home folder, which is not the tests'
+    with ray_session(ClusterSpec(num_engines=10)) as resources:
+        yield resources
+
+
+@pytest.fixture(scope="session")
+def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the random Llama, made by a process of its own."""
+    folder = tmp_path_factory.mktemp("student") / "random-llama"
+    subprocess.run([sys.executable, "-m", "engines.random_model", str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_recipe(random_student: Path) -> Recipe:
+    return load_recipe("smoke", {"model.path": str(random_student)})
+
+
+@pytest_asyncio.fixture(scope="session")
+async def vllm_session(ray_cluster: dict[str, float], smoke_recipe: Recipe) -> AsyncIterator[Session]:
+    """Real vLLM, started once."""
+    async with open_session(smoke_recipe) as session:
+        yield session
+
+
+@pytest.fixture
+def open_simulated(ray_cluster: dict[str, float], random_student: Path) -> OpenSimulated:
+    """Sessions whose engines answer without a model: `open_simulated(**{"synthesis.lag": 8})`."""
+
+    def open_one(**changes: Any) -> AbstractAsyncContextManager[Session]:
+        settings = {"model.path": str(random_student), "engine.kind": "simulated", **changes}
+        return open_session(load_recipe("smoke", settings))
+
+    return open_one
