@@ -77,14 +77,13 @@ class EngineActor:
                 if alone:
                     yield []  # "started": without this word the client blames nobody for a death
                     await asyncio.sleep(_FLUSH_S)
-                if not self._missing(batch):
-                    async for outcomes in self._answer(batch, {}):
+                if alone or not self._missing(batch):
+                    async for outcomes in self._answer(batch, await self._load(batch)):
                         yield outcomes
                     return
             # Nothing may be in flight now: vLLM has mixed up adapters that were loaded during decoding.
             async with self._gate.alone():
-                refused = await self._load(batch)
-                async for outcomes in self._answer(batch, refused):
+                async for outcomes in self._answer(batch, await self._load(batch)):
                     yield outcomes
         except EngineDead as error:
             print(f"engine is dead: {error}", file=sys.stderr, flush=True)
@@ -99,7 +98,7 @@ class EngineActor:
         for ref in self._missing(batch):
             try:
                 await self._engine.load_adapter(ref)
-            except (BadAdapter, OSError) as error:
+            except BadAdapter as error:
                 refused[ref] = str(error)
         return refused
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +56,12 @@ class ClusterSpec(BaseModel):
 def needed_cpus(spec: ClusterSpec) -> float:
     """Logical CPUs for all engines, one trainer and Ray Data side by side."""
     return spec.num_engines * spec.engine_cpus + spec.trainer_cpus + DATA_CPUS
+
+
+def local_cpus(spec: ClusterSpec) -> int:
+    """Logical CPUs of a Ray that is started on this machine: a laptop with two cores still runs engine, trainer and
+    filters, in turn."""
+    return max(os.cpu_count() or 1, math.ceil(needed_cpus(spec)))
 
 
 @dataclass(frozen=True)

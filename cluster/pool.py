@@ -278,6 +278,8 @@ class Pool:
         """The caller has gone: what waits is dropped, what runs is aborted and its answers are not delivered."""
         channel.open = False
         self._pending = deque(ticket for ticket in self._pending if ticket.channel is not channel)
+        groups = ([ticket for ticket in group if ticket.channel is not channel] for group in self._suspects)
+        self._suspects = deque(group for group in groups if group)
         for lane in self._lanes:
             running = [wire_id for wire_id, ticket in lane.in_flight.items() if ticket.channel is channel]
             if running and lane.state == "ready":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import ray
 
-from cluster.placement import ClusterSpec, needed_cpus
+from cluster.placement import ClusterSpec, local_cpus
 
 _ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # the default, 15, costs engines up to a third of their speed on a busy machine
@@ -52,9 +52,7 @@ def _connect(spec: ClusterSpec) -> None:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         return
-    # Logical CPUs: a laptop with two cores still runs engine, trainer and filters, in turn.
-    num_cpus = max(os.cpu_count() or 1, int(needed_cpus(spec) + 0.999))
     ray.init(
-        address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        address="local", num_cpus=local_cpus(spec), include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         configure_logging=False, object_store_memory=_OBJECT_STORE_BYTES,
     )  # fmt: skip

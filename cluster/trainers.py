@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
+from engines.sft import PROGRESS_FILE, train
 from engines.types import TrainResult, TrainSpec
 
 _POLL_S = 0.5
@@ -39,16 +40,21 @@ class Trainers:
 
         A trainer whose process dies goes on from its last whole checkpoint. `progress` hears each step once.
         """
+        heard = 0
         for attempt in range(1, _MAX_CRASHES + 1):
             job = asyncio.ensure_future(self._run(spec, rows, work))
             try:
-                await _report_steps(job, work, progress)
+                while not job.done():
+                    await asyncio.wait([job], timeout=_POLL_S)
+                    heard = _report_steps(work / PROGRESS_FILE, heard, progress)
                 return await job
             except RayTaskError as error:
                 raise TrainingFailed(str(error.cause)) from error
-            except WorkerCrashedError as error:
+            except (WorkerCrashedError, OutOfMemoryError) as error:
                 if attempt == _MAX_CRASHES:
                     raise TrainingFailed(f"the trainer's process died {attempt} times (out of memory?)") from error
+            finally:
+                job.cancel()  # where the caller was cancelled: the process must not go on writing into `work`
         raise AssertionError("unreachable")
 
     async def _run(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
@@ -62,19 +68,12 @@ class Trainers:
 
 
 def _train(spec: TrainSpec, rows: str, work: str) -> TrainResult:
-    from engines.sft import train
-
     return train(spec, Path(rows), Path(work))
 
 
-async def _report_steps(
-    job: asyncio.Future[TrainResult], work: Path, progress: Callable[[dict[str, Any]], None]
-) -> None:
-    seen = 0
-    path = work / "progress.jsonl"
-    while not job.done():
-        await asyncio.wait([job], timeout=_POLL_S)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for line in lines[seen:]:
-            progress(json.loads(line))
-        seen = len(lines)
+def _report_steps(path: Path, heard: int, progress: Callable[[dict[str, Any]], None]) -> int:
+    """Reports the lines after the first `heard`, and returns how many there are now. A line may be half written."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    for line in lines[heard:]:
+        progress(json.loads(line))
+    return len(lines)

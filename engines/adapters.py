@@ -7,6 +7,8 @@ neighbours' answers, and dies of one with `modules_to_save`. None of that may re
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,41 @@ class BadAdapter(ValueError):
 def check_adapter(ref: AdapterRef, base: Path, max_rank: int) -> None:
     """Raises `BadAdapter` unless the engine can serve `ref` on the model in folder `base`."""
     folder = Path(ref.url)
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise BadAdapter(f"{folder}: no adapter_model.safetensors")
-    _check_config(folder, json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), max_rank)
-    _check_shapes(folder, base)
-    _check_finite(weights)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    with _reading(config):
+        _check_config(folder, json.loads(config.read_text(encoding="utf-8")), max_rank)
+    with _reading(weights):
+        if not weights.is_file():
+            raise BadAdapter(f"{weights}: no such file")
+        _check_shapes(folder, base)
+        _check_finite(weights)
 
 
 def check_weights(ref: AdapterRef, base: Path) -> None:
     """Raises `BadAdapter` unless the full weights of `ref` have the names and shapes of the model in `base`."""
-    folder, ours = Path(ref.url), tensor_shapes(Path(ref.url))
-    theirs = tensor_shapes(base)
-    # A tied output head is stored or not, at the saver's discretion.
-    wrong = [name for name, shape in theirs.items() if ours.get(name, shape) != shape]
-    missing = theirs.keys() - ours.keys() - {"lm_head.weight"}
-    if not ours or wrong or missing:
-        raise BadAdapter(f"{folder}: weights do not fit {base.name}: {(wrong or sorted(missing) or ['no tensors'])[0]}")
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_finite(path)
+    folder = Path(ref.url)
+    with _reading(folder):
+        ours, theirs = tensor_shapes(folder), tensor_shapes(base)
+        wrong = [name for name, shape in theirs.items() if ours.get(name, shape) != shape]
+        # A tied output head is stored or not, at the saver's discretion.
+        missing = theirs.keys() - ours.keys() - {"lm_head.weight"}
+        if wrong or missing:
+            raise BadAdapter(f"{folder}: weights do not fit {base.name}: {(wrong or sorted(missing))[0]}")
+        for path in sorted(folder.glob("*.safetensors")):
+            _check_finite(path)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a broken file raises is the adapter's fault."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BadAdapter:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadAdapter(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _check_config(folder: Path, config: dict[str, Any], max_rank: int) -> None:

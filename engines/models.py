@@ -23,7 +23,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_hub_name(model):
         raise ModelError(f"{model}: no such model folder; give a folder with config.json, or a hub name like org/model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -37,6 +37,28 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{model}: not fetched from the hub ({reason}); give a local folder instead") from error
+
+
+def find_model(model: str, revision: str | None = None) -> Path | None:
+    """The model's folder, or the hub's snapshot of it, if it is on this machine; nothing is fetched."""
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return folder.resolve()
+    if not is_hub_name(model):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether the text can be the name of a model on the hub, org/model, and is no path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -113,7 +135,15 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the folder's safetensors files, from their headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        header = _read_header(path)
         shapes.update({name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"})
     return shapes
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """A safetensors file begins with its header's size, eight bytes, and the header, JSON."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size < path.stat().st_size:
+            raise ModelError(f"{path}: is cut off or no safetensors file; fetch or train it again")
+        return dict(json.loads(file.read(size)))

@@ -26,8 +26,9 @@ PROGRESS_FILE = "progress.jsonl"
 def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
     """Finetunes `spec.model` on the Parquet file `rows` (columns `input_ids`, `prompt_tokens`).
 
-    `work` keeps a checkpoint per epoch while the job runs; a second call goes on from the last whole one. The adapters
-    (or full weights) end up in `work/epoch-N`. `work/progress.jsonl` has one line per optimizer step.
+    `work` keeps a checkpoint per epoch; a second call goes on from the last whole one. The adapters (or full weights)
+    end up in `work/epoch-N`, and the caller drops `work` once they are safe: optimizer states are most of its bytes.
+    `work/progress.jsonl` has one line per optimizer step.
     """
     _quieten()
     import pyarrow.parquet as pq
@@ -136,17 +137,20 @@ def _last_whole_checkpoint(work: Path) -> str | None:
 
 
 def _export(spec: TrainSpec, work: Path) -> tuple[AdapterRef, ...]:
-    """Moves the weights out of the checkpoints and drops optimizer states, which are most of their bytes."""
+    """Gives the weights of each checkpoint a folder of their own.
+
+    The checkpoints stay: should the caller be killed before it has put the weights away, the next call ends at once.
+    """
     checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     epochs = range(spec.epochs - len(checkpoints) + 1, spec.epochs + 1)
     refs = []
     for epoch, checkpoint in zip(epochs, checkpoints, strict=True):
         folder = work / f"epoch-{epoch}"
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         for path in checkpoint.iterdir():
             if path.suffix == ".safetensors" or path.name in ("adapter_config.json", "config.json"):
-                path.rename(folder / path.name)
-        shutil.rmtree(checkpoint)
+                os.link(path, folder / path.name)
         rank = spec.lora_rank if spec.method == "lora" else 0
         refs.append(AdapterRef(weights_digest(folder), str(folder), rank, spec.base_digest, spec.method))
     return tuple(refs)

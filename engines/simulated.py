@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from engines.streams import as_finished
 from engines.types import (
     AdapterRef,
     Completion,
@@ -40,6 +41,7 @@ class SimulatedEngine:
         self._spec = spec
         self._adapters: set[str] = set()
         self._full: AdapterRef | None = None
+        self._slots = asyncio.Semaphore(spec.max_num_seqs)
         self._answers = 0
         self._output_tokens = 0
         self._prompt_tokens = 0
@@ -57,34 +59,40 @@ class SimulatedEngine:
             self._adapters.add(ref.digest)
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[Outcome]]:
-        for request in requests:
-            yield [await self._answer(request, request.prompt_ids, _sample_all(request))]
+        async for outcomes in as_finished([self._answer(r, r.prompt_ids, _sample_all(r)) for r in requests]):
+            yield outcomes
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]:
-        for request in requests:
-            ids = [*request.prefix_ids, *request.completion_ids]
-            yield [await self._answer(request, ids, Score(request.id, _logprobs(request)))]
+        answers = [self._answer(r, [*r.prefix_ids, *r.completion_ids], Score(r.id, _logprobs(r))) for r in requests]
+        async for outcomes in as_finished(answers):
+            yield outcomes
 
     async def _answer(self, request: Request | ScoreRequest, ids: Sequence[int], answer: Outcome) -> Outcome:
-        faults = self._spec.faults
         self._in_flight += 1
+        try:
+            self._misbehave(ids)
+            if self._spec.faults.hang_after and self._answers >= self._spec.faults.hang_after:
+                await asyncio.Event().wait()
+            tokens = max((len(s.token_ids) for s in answer.samples), default=1) if isinstance(answer, Completion) else 1
+            if self._spec.tokens_per_s:
+                async with self._slots:
+                    await asyncio.sleep(tokens / self._spec.tokens_per_s)
+        finally:
+            self._in_flight -= 1
+        self._answers += 1
+        self._prompt_tokens += len(ids)
+        self._output_tokens += tokens
+        if _draw("refused", list(ids)).random() < self._spec.faults.refuse_share:
+            return RequestFailed(request.id, "refused", "refused as ordered")
+        return answer
+
+    def _misbehave(self, ids: Sequence[int]) -> None:
+        faults = self._spec.faults
         if faults.poison and _holds(ids, faults.poison):
             os._exit(1)
         if self._mortal and self._answers >= faults.die_after:
             _write_down_death(self._spec)
             os._exit(1)
-        if faults.hang_after and self._answers >= faults.hang_after:
-            await asyncio.Event().wait()
-        tokens = max((len(s.token_ids) for s in answer.samples), default=1) if isinstance(answer, Completion) else 1
-        if self._spec.tokens_per_s:
-            await asyncio.sleep(tokens / self._spec.tokens_per_s)
-        self._answers += 1
-        self._in_flight -= 1
-        self._prompt_tokens += len(ids)
-        self._output_tokens += tokens
-        if _draw(request.id).random() < faults.refuse_share:
-            return RequestFailed(request.id, "refused", "refused as ordered")
-        return answer
 
     async def abort(self, ids: Sequence[str]) -> None: ...
 

@@ -22,7 +22,9 @@ class Tokenizer:
             raise ValueError(f"{model}: the tokenizer names no end-of-sequence token")
         self.eos_id: int = self._tokenizer.eos_token_id
         self.eos_text: str = self._tokenizer.eos_token
-        self.special_texts: tuple[str, ...] = tuple(self._tokenizer.all_special_tokens)
+        # Not `all_special_tokens`, which knows only those that have a role: a chat template's own may have none.
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        self.special_texts: tuple[str, ...] = tuple(dict.fromkeys([*self._tokenizer.all_special_tokens, *added]))
         self.bos_id: int | None = self._tokenizer.bos_token_id if _adds_bos(self._tokenizer) else None
 
     @property
@@ -54,3 +56,23 @@ def _adds_bos(tokenizer: Any) -> bool:
 def load_tokenizer(model: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model folder or hub name, once per process."""
     return Tokenizer(str(Path(model)) if Path(model).is_dir() else model, revision)
+
+
+def load_bpe(folder: Path) -> Any:
+    """GPT-2's kind of byte-level BPE (a `tokenizers.Tokenizer`) from tokenizer.json, or vocab.json and merges.txt.
+
+    No config is needed beside them. Raises `ValueError` where the files are not there or cannot be read.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+    if not whole.is_file() and not all(part.is_file() for part in parts):
+        raise ValueError("no tokenizer is there")
+    try:
+        if whole.is_file():
+            return Tokenizer.from_file(str(whole))
+        bpe = Tokenizer(models.BPE.from_file(*map(str, parts)))
+    except Exception as error:  # the library has no type of its own for a file that it cannot read
+        raise ValueError(f"the tokenizer cannot be read ({error})") from error
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return bpe

@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.adapters import check_adapter, check_weights
+from engines.adapters import BadAdapter, check_adapter, check_weights
 from engines.models import context_length, linear_modules, resolve_model
+from engines.streams import as_finished
 from engines.types import (
     AdapterRef,
     Completion,
@@ -83,23 +84,31 @@ class VllmEngine:
 
         # Ids rise from 1 and are never used again: vLLM serves the old weights for a known id, silently.
         lora = LoRARequest(lora_name=ref.digest, lora_int_id=len(self._loras) + 1, lora_path=ref.url)
-        await self._llm.add_lora(lora)
+        try:
+            await self._llm.add_lora(lora)
+        except Exception as error:  # what the core raises comes without its type
+            if self._llm.errored:
+                raise EngineDead(str(error)) from error
+            raise BadAdapter(f"{ref.url}: vLLM cannot load it ({error})") from error
         self._loras[ref.digest] = lora
 
     async def _load_weights(self, ref: AdapterRef | None) -> None:
         if ref is not None:
             await asyncio.to_thread(check_weights, ref, self._folder)
         path = str(self._folder) if ref is None else ref.url
-        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-        await self._llm.reset_prefix_cache()
+        try:
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            await self._llm.reset_prefix_cache()
+        except Exception as error:  # half of the old weights and half of the new answer rubbish
+            raise EngineDead(f"{path}: not loaded: {error}") from error
         self._full = ref
 
     async def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[Outcome]]:
-        async for outcomes in _as_finished([self._guard(r, self._sample(r)) for r in requests]):
+        async for outcomes in as_finished([self._guard(r, self._sample(r)) for r in requests]):
             yield outcomes
 
     async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]:
-        async for outcomes in _as_finished([self._guard(r, self._score(r)) for r in requests]):
+        async for outcomes in as_finished([self._guard(r, self._score(r)) for r in requests]):
             yield outcomes
 
     async def _guard(self, request: Request | ScoreRequest, work: Coroutine[Any, Any, Outcome]) -> Outcome:
@@ -247,26 +256,6 @@ def _sampling_params(sampling: Sampling) -> Any:
         logprobs=0 if sampling.logprobs else None, output_kind=RequestOutputKind.FINAL_ONLY,
         structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
     )  # fmt: skip
-
-
-async def _as_finished(work: Sequence[Coroutine[Any, Any, Outcome]]) -> AsyncIterator[list[Outcome]]:
-    """Outcomes in the order of completion, those of one engine step together. Cancelling cancels what is in flight."""
-    done: asyncio.Queue[asyncio.Task[Outcome]] = asyncio.Queue()
-    tasks = [asyncio.create_task(one) for one in work]
-    for task in tasks:
-        task.add_done_callback(done.put_nowait)
-    try:
-        left = len(tasks)
-        while left:
-            finished = [await done.get()]
-            await asyncio.sleep(0)
-            while not done.empty():
-                finished.append(done.get_nowait())
-            left -= len(finished)
-            yield [task.result() for task in finished]
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _completion_logprobs(output: Any, completion_ids: Sequence[int]) -> list[float] | None:

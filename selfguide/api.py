@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.placement import PlacementError, place
-from engines.models import ModelError, context_length, model_digest, read_config, resolve_model
+from engines.models import ModelError, model_digest, read_config, resolve_model
 from engines.tokenizer import load_tokenizer
 from engines.types import EngineSpec
 from selfguide.config import Recipe
 from selfguide.curation import warm_filters
 from selfguide.errors import TaskFailed, UserError
 from selfguide.methods import Comparison, self_guide
-from selfguide.prompts import TooLong
+from selfguide.prompts import Prompts, TooLong
+from selfguide.sizes import MIN_FREE_BYTES, longest_context
 from selfguide.store import RunStore
 from selfguide.taskrun import Progress, Student, TaskRun
 from selfguide.tasks import Task
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 _RANDOM_MODEL_VERSION = 1
 STAGES = ("synthesis", "curation", "finetuning", "evaluation")
-_LONGEST_BY_DEFAULT = 8192  # a cache for the 128k tokens that some models allow would not fit beside them
-_MIN_FREE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ async def run(
             return await run(task, recipe, out, force=force, progress=progress, session=own)
     task_run = session.task_run(task, RunStore(Path(out)), progress)
     check_run(task_run)
-    _check_stage_names(force)
+    check_stage_names(force)
     for stage in force:
         task_run.store.retire(stage)
     from cluster.pool import EnginesLost
@@ -122,7 +121,7 @@ def load_student(recipe: Recipe) -> Student:
     try:
         folder = _random_model() if model.path == "random" else resolve_model(model.path, model.revision)
         read_config(folder)
-        longest = recipe.engine.max_model_len or min(context_length(folder), _LONGEST_BY_DEFAULT)
+        longest = longest_context(recipe.engine, folder)
         tokenizer = load_tokenizer(str(folder))
     except (ModelError, OSError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
@@ -146,28 +145,30 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
 
 def check_run(run: TaskRun) -> None:
     """Nothing starts that cannot finish: prompts fit, and there is room on the disk."""
-    try:
-        run.prompts.new_input(0, [], run.task.labels[0] if run.is_classification else None, _answer_tokens(run))
-        run.prompts.answer("", _answer_tokens(run), 0)
-    except TooLong as error:
-        raise UserError(f"{run.task.source}: the instruction does not fit the student's context: {error}") from None
+    check_prompts(run.task, run.recipe, run.prompts)
     run.store.root.mkdir(parents=True, exist_ok=True)
     stat = os.statvfs(run.store.root)
-    if stat.f_bavail * stat.f_frsize < _MIN_FREE_BYTES:
+    if stat.f_bavail * stat.f_frsize < MIN_FREE_BYTES:
         raise UserError(
-            f"{run.store.root}: less than {_MIN_FREE_BYTES >> 30} GiB free; make room or choose another --out"
+            f"{run.store.root}: less than {MIN_FREE_BYTES >> 30} GiB free; make room or choose another --out"
         )
 
 
-def _check_stage_names(names: Sequence[str]) -> None:
+def check_prompts(task: Task, recipe: Recipe, prompts: Prompts) -> None:
+    """Raises `UserError` where the instruction alone leaves no room in the student's context for an answer."""
+    max_tokens = max(part.sampling.max_tokens for part in (recipe.synthesis, recipe.annotation, recipe.evaluation))
+    try:
+        prompts.new_input(0, [], next(iter(task.labels), None), max_tokens)
+        prompts.answer("", max_tokens, 0)
+    except TooLong as error:
+        raise UserError(f"{task.source}: the instruction does not fit the student's context: {error}") from None
+
+
+def check_stage_names(names: Sequence[str]) -> None:
+    """Raises `UserError` for what is no stage that can be forced."""
     for name in names:
         if name not in STAGES:
             raise UserError(f"--force {name}: no such stage; choose {', '.join(STAGES)}")
-
-
-def _answer_tokens(run: TaskRun) -> int:
-    recipe = run.recipe
-    return max(part.sampling.max_tokens for part in (recipe.synthesis, recipe.annotation, recipe.evaluation))
 
 
 def _random_model() -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,14 @@ OutFolder = Annotated[
 Changes = Annotated[
     list[str], typer.Option("--set", "-s", help="Change the recipe: --set synthesis.lag=10 (repeatable).")
 ]
+TaskKind = Annotated[
+    Literal["classification", "generation"] | None,
+    typer.Option("--kind", help="What the tasks are, whatever their files say."),
+]
+LabelsSource = Annotated[
+    Literal["examples", "task", "instances"] | None,
+    typer.Option("--labels-from", help="Where labels come from; instances are the test answers, which is reported."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -46,6 +54,8 @@ def run(
     force: Annotated[
         list[str], typer.Option("--force", help="Make a stage anew: synthesis, curation, finetuning, evaluation.")
     ] = [],  # noqa: B006
+    kind: TaskKind = None,
+    labels_from: LabelsSource = None,
     as_json: AsJson = False,
 ) -> None:
     """Take one task from its instruction to a finetuned adapter and an honest comparison."""
@@ -58,10 +68,83 @@ def run(
 
     settings = dict(map(parse_change, changes)) | ({"model.path": model} if model else {})
     loaded = load_recipe(recipe, settings)
-    loaded_task = load_task(task)
+    loaded_task = load_task(task, kind=kind, labels_from=labels_from)
     with ProgressView() as progress:
         asyncio.run(api.run(loaded_task, loaded, out, force=force, progress=progress))
     _write_report(out, as_json=as_json)
+
+
+@app.command()
+def validate(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Task files, folders of them, an NI-V2 clone, patterns.")
+    ],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Hold the tasks against this recipe too.")] = "",
+    model: ModelPath = "",
+    kind: TaskKind = None,
+    labels_from: LabelsSource = None,
+    every: Annotated[bool, typer.Option("--all", help="List every task, however many there are.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say of each task whether it loads and what is odd about it; with a student, whether its prompts fit."""
+    from dataclasses import asdict
+
+    from selfguide import validation
+    from selfguide.recipefile import load_recipe
+
+    loaded = load_recipe(recipe or "default", {"model.path": model} if model else {}) if recipe or model else None
+    verdicts = validation.validate(paths, kind=kind, labels_from=labels_from, recipe=loaded)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in verdicts], indent=1))
+    else:
+        validation.show_verdicts(verdicts, every=every)
+    if validation.num_errors(verdicts):
+        raise typer.Exit(2)
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A row a line: task, prediction, references.")],
+    tasks: Annotated[Path | None, typer.Option("--tasks", help="Task files, for categories and languages.")] = None,
+    gpt2: Annotated[
+        Path | None, typer.Option("--gpt2", help="Folder with GPT-2's tokenizer, for ROUGE-L of other languages.")
+    ] = None,
+    authors: Annotated[bool, typer.Option("--authors", help="Add the SELF-GUIDE authors' own metrics.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score predictions with the official metrics: exact match and ROUGE-L, by task, by category and over all."""
+    from selfguide import scoring
+    from selfguide.progress import stderr_line
+
+    tokenizer = scoring.load_gpt2(gpt2) if gpt2 else None
+    document = scoring.score_file(file, tasks, tokenizer, authors=authors)
+    for notice in document["notices"]:
+        stderr_line(f"notice: {notice}")
+    if as_json:
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        scoring.show_scores(document)
+
+
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Fetch public collections of tasks.")
+app.add_typer(data, name="data")
+
+
+@data.command("ni-v2")
+def ni_v2(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the clone is made, or goes on.")],
+    url: Annotated[str, typer.Option("--from", help="A mirror. [default: allenai/natural-instructions]")] = "",
+    commit: Annotated[str, typer.Option("--commit", help="40 hex digits, a tag or a branch. [default: pinned]")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Fetch one commit of Super-NaturalInstructions (some gigabytes), and say what its licences are."""
+    from selfguide import nidata
+
+    clone = nidata.fetch_clone(folder, url or nidata.URL, commit or nidata.COMMIT)
+    if as_json:
+        typer.echo(json.dumps(nidata.document(clone), indent=1))
+    else:
+        nidata.show_clone(clone)
 
 
 @app.command()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from selfguide.environment import environment
-from selfguide.intervals import METRICS, Difference, bootstrap
+from selfguide.evaluation import AUTHORS_METRICS
+from selfguide.intervals import METRICS, bootstrap
 from selfguide.records import Ledger
 
 if TYPE_CHECKING:
@@ -30,15 +31,11 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-async def record(
-    run: TaskRun,
-    adapter: Adapter,
-    evaluations: Mapping[str, Artifact],
-    differences: Mapping[str, Mapping[str, Difference]],
-) -> Artifact:
+async def record(run: TaskRun, adapter: Adapter, evaluations: Mapping[str, Artifact]) -> Artifact:
     """One row for each method and metric, in points, with 95% intervals; none for a task without held-out data.
 
-    The marker adds the task's facts, the resolved recipe and the environment, as they were when this was first made.
+    `difference` is `self_guide` minus the method, paired row by row. The marker adds the task's facts, the resolved
+    recipe and the environment, as they were when the comparison was first made.
     """
     resamples, seed = run.recipe.evaluation.bootstrap_samples, run.recipe.seed
     methods = {name: one.path.name for name, one in evaluations.items()}
@@ -49,7 +46,7 @@ async def record(
         if stage.done:
             return stage.done
         with stage.writing():
-            rows = _score_rows(evaluations, differences, resamples, seed)
+            rows = _score_rows(evaluations, resamples, seed)
             facts = {"task": task_facts(run.task), "recipe": recipe_facts(run.recipe), "environment": environment()}
             return stage.finish(rows, SCHEMA, Ledger(len(rows), len(rows), {}, {}), **facts)
 
@@ -72,22 +69,19 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _score_rows(
-    evaluations: Mapping[str, Artifact],
-    differences: Mapping[str, Mapping[str, Difference]],
-    resamples: int,
-    seed: int,
-) -> list[dict[str, Any]]:
+def _score_rows(evaluations: Mapping[str, Artifact], resamples: int, seed: int) -> list[dict[str, Any]]:
+    predictions = {method: artifact.rows() for method, artifact in evaluations.items()}
     found: list[dict[str, Any]] = []
-    for method, artifact in evaluations.items():
-        rows = artifact.rows()
-        for metric in METRICS:
+    for method, rows in predictions.items():
+        for metric in (*METRICS, *AUTHORS_METRICS):
+            line = {"row": len(found), "method": method, "evaluation": evaluations[method].path.name, "metric": metric}
             values = [row[metric] for row in rows]
-            line = {"row": len(found), "method": method, "evaluation": artifact.path.name, "metric": metric}
             if None not in values:
-                score, gain = bootstrap(values, resamples, seed), differences.get(method, {}).get(metric)
+                score = bootstrap(values, resamples, seed)
                 line |= {"score": score.mean, "low": score.low, "high": score.high}
-                if gain:
+                if method != "self_guide":
+                    ours = [row[metric] for row in predictions["self_guide"]]
+                    gain = bootstrap([a - b for a, b in zip(ours, values, strict=True)], resamples, seed)
                     line |= {"difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
             found.append({**dict.fromkeys(SCHEMA.names), **line, "n": len(rows)})
     return found

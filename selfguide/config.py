@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.placement import ClusterSpec
 from engines.types import Faults
-from selfguide.filters import AnyRowFilter, AnySetFilter, Duplicate, Vote
+from selfguide.filters import AnyInputFilter, AnyRowFilter, AnySetFilter, Duplicate, Vote
 from selfguide.filters.copies import EvaluationCopy, GoldCopy
 from selfguide.filters.empty import Empty
 from selfguide.filters.finish import Finished
@@ -21,7 +21,7 @@ from selfguide.filters.noise import Noise
 class Section(BaseModel):
     """A part of the recipe: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -120,7 +120,7 @@ class Annotation(Section):
 class Filters(Section):
     """Stage 2. Chains in order; the first filter that turns a row away is its reason."""
 
-    inputs: tuple[AnyRowFilter | Duplicate, ...] = (
+    inputs: tuple[AnyInputFilter, ...] = (
         Empty(), Finished(), Noise(), GoldCopy(), EvaluationCopy(), Duplicate(),
     )  # fmt: skip
     """Each input as it is committed, before it is annotated."""
@@ -191,8 +191,10 @@ class Finetuning(Section):
 class Evaluation(Section):
     """Stage 4: base, tuned student and controls on the same held-out rows."""
 
+    protocol: Literal["official", "authors"] = "official"
+    """Which instances are test rows: "official", the first `num_instances`; "authors", 90% (docs/tasks.md)."""
     num_instances: int = Field(default=100, ge=1)
-    """The first so many instances (official: 100)."""
+    """Protocol "official": how many instances, from the first on, are test rows (published: 100)."""
     demonstrations: int | Literal["all"] = "all"
     """Gold examples in the prompt of base and tuned student, and in the training rows (official: 2)."""
     controls: tuple[Literal["few_shot_icl", "filtered_decoding"], ...] = ("few_shot_icl", "filtered_decoding")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.transforms import transform
 from selfguide.config import Filters
 from selfguide.errors import TaskFailed
 from selfguide.filters import Context
 from selfguide.records import ACCEPTED, Ledger
-from selfguide.store import Artifact
+from selfguide.store import Artifact, Stage
 from selfguide.taskrun import TaskRun, chosen
 
 VERSION = 1
@@ -29,10 +28,11 @@ class CurationJob:
 
 async def curate(run: TaskRun, candidates: Artifact) -> Artifact:
     """Pairs, each accepted or rejected with its reason. Raises `TaskFailed` where too few are left to train on."""
-    config = {"filters": chosen(run.filters)}
-    stage = run.store.stage("curation", run.made_by(VERSION, **config), [candidates])
+    stage = curation_stage(run, candidates)
     async with run.lock(stage):
         if not (kept := stage.done):
+            from cluster.transforms import transform
+
             with stage.writing():
                 path = stage.work / "rows.parquet"
                 job = CurationJob(candidates.rows_path, path, run.filters, run.context("output"))
@@ -44,8 +44,14 @@ async def curate(run: TaskRun, candidates: Artifact) -> Artifact:
     return kept
 
 
+def curation_stage(run: TaskRun, candidates: Artifact) -> Stage:
+    return run.store.stage("curation", run.made_by(VERSION, filters=chosen(run.filters)), [candidates])
+
+
 async def warm_filters() -> None:
     """Starts Ray Data and loads the filters in its workers: seconds that cost nothing while engines start."""
+    from cluster.transforms import transform
+
     await transform(_load_filters, [None])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -13,19 +14,22 @@ from selfguide import metrics
 from selfguide.config import Sampling as SamplingConfig
 from selfguide.errors import TaskFailed
 from selfguide.finetuning import Adapter
+from selfguide.intervals import METRICS
 from selfguide.prompts import TooLong
 from selfguide.records import ACCEPTED, FAILED, Ledger
 from selfguide.store import SHARD_ROWS, TOKEN_COUNTS, Artifact, Stage
 from selfguide.synthesis import SAMPLE
 from selfguide.taskrun import TaskRun, chosen
 
-VERSION = 1
+VERSION = 2
 SCHEMA = pa.schema([
     ("row", pa.int32()), ("id", pa.string()), ("state", pa.string()), ("filter", pa.string()), ("reason", pa.string()),
     ("prediction", pa.string()), ("references", pa.list_(pa.string())), ("exact_match", pa.float64()),
-    ("rouge_l", pa.float64()), ("prompt_tokens", pa.int32()), ("demonstrations", pa.int32()),
-    ("samples", pa.list_(SAMPLE)),
+    ("rouge_l", pa.float64()), ("authors_em", pa.float64()), ("authors_rouge_char", pa.float64()),
+    ("prompt_tokens", pa.int32()), ("demonstrations", pa.int32()), ("samples", pa.list_(SAMPLE)),
 ])  # fmt: skip
+AUTHORS_METRICS = ("authors_em", "authors_rouge_char")
+"""Computed under the protocol "authors" alone: the first for classification, the second for generation."""
 MOST_OF_TRAINING = 0.3
 """An engine's log-probabilities may miss the trainer's by this share of what training changed (docs/concepts.md)."""
 
@@ -51,11 +55,11 @@ async def evaluate(run: TaskRun, protocol: Protocol) -> Artifact | None:
     """Predictions and scores, one row for each instance; None for a task without held-out data."""
     if not run.evaluation_instances:
         return None
-    proof = await _prove(run, protocol.adapter) if protocol.adapter else None
     stage = evaluation_stage(run, protocol)
     async with run.lock(stage):
         if stage.done:
             return stage.done
+        proof = await _prove(run, protocol.adapter) if protocol.adapter else None
         with stage.writing():
             return await _Evaluation(run, protocol, stage).run(proof)
 
@@ -64,9 +68,11 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
     """Methods that ask in the same way share a stage, whatever they are called."""
     config: dict[str, Any] = {
         "sampling": chosen(protocol.sampling), "num_gold": protocol.num_gold, "num_samples": protocol.num_samples,
-        "instances": run.recipe.evaluation.num_instances, "constrain": run.recipe.evaluation.constrain_labels,
-        "engine": run.recipe.engine.kind, "dtype": run.recipe.model.dtype,
+        "protocol": run.recipe.evaluation.protocol, "constrain": run.recipe.evaluation.constrain_labels,
+        "labels_from": run.task.labels_from, "engine": run.recipe.engine.kind, "dtype": run.recipe.model.dtype,
     }  # fmt: skip
+    if run.recipe.evaluation.protocol == "official":
+        config["instances"] = run.recipe.evaluation.num_instances
     if protocol.num_gold is not None:
         config["num_gold"] = min(protocol.num_gold, len(run.task.examples))
     elif not protocol.filtered:
@@ -168,24 +174,42 @@ class _Evaluation:
         rouge: list[float] | list[None] = [None] * len(rows)
         if self._run.task.output_language == "English":  # other languages need GPT-2's tokenizer, never the English one
             rouge = [metrics.rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
-        return [row | {"exact_match": e, "rouge_l": r} for row, e, r in zip(rows, exact, rouge, strict=True)]
+        scored = [row | {"exact_match": e, "rouge_l": r} for row, e, r in zip(rows, exact, rouge, strict=True)]
+        authors = self._run.recipe.evaluation.protocol == "authors"
+        return [row | self._authors_score(row) for row in scored] if authors else scored
+
+    def _authors_score(self, row: dict[str, Any]) -> dict[str, float]:
+        """The authors' own metric, beside the official ones: which of the two depends on the kind of task."""
+        prediction, references = row["prediction"], row["references"]
+        if self._run.task.kind == "generation":
+            return {"authors_rouge_char": metrics.authors_rouge_char(prediction, references)}
+        return {"authors_em": metrics.authors_em(prediction, references, self._split_labels)}
+
+    @cached_property
+    def _split_labels(self) -> tuple[str, ...]:
+        """The authors search answers for the distinct references of the test split, as first seen."""
+        return tuple(dict.fromkeys(instance.references[0] for instance in self._instances))
 
     def _finish(self, proof: dict[str, Any] | None) -> Artifact:
         rows = self._stage.committed()
         ledger = Ledger.of(rows)
         ledger.reconcile(len(self._instances))
-        facts = {"scores": mean_scores(rows), "proof": proof, "kind": self._run.task.kind}
+        task = self._run.task
+        facts = {
+            "scores": mean_scores(rows), "proof": proof, "kind": task.kind, "labels_from": task.labels_from,
+            "protocol": self._run.recipe.evaluation.protocol,
+        }  # fmt: skip
         return self._stage.finish(rows, SCHEMA, ledger, **facts, **self._stage.tokens())
 
 
 def mean_scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means x 100 over all rows, failed ones being misses; ROUGE-L is None where it is unavailable."""
-    rouge = [row["rouge_l"] for row in rows]
-    return {
-        "n": len(rows),
-        "exact_match": round(100 * fmean(row["exact_match"] for row in rows), 4),
-        "rouge_l": None if None in rouge else round(100 * fmean(rouge), 4),
-    }
+    """Means x 100 over all rows, failed ones being misses; ROUGE-L is None where it is unavailable.
+
+    The authors' metrics are there only where their protocol computed them.
+    """
+    columns = {metric: [row[metric] for row in rows] for metric in (*METRICS, *AUTHORS_METRICS)}
+    means = {metric: None if None in column else round(100 * fmean(column), 4) for metric, column in columns.items()}
+    return {"n": len(rows)} | {key: mean for key, mean in means.items() if key in METRICS or mean is not None}
 
 
 def _choose_filtered(run: TaskRun, rows: list[dict[str, Any]]) -> None:
@@ -218,7 +242,7 @@ async def _prove(run: TaskRun, adapter: Adapter) -> dict[str, Any]:
     simulated = run.recipe.engine.kind == "simulated"
     if simulated or moved <= noise:
         return proof | {"status": "simulated" if simulated else "indistinguishable from base"}
-    if missed > MOST_OF_TRAINING * moved:
+    if not missed <= MOST_OF_TRAINING * moved:  # neither is NaN
         raise TaskFailed(
             f"{run.task.name}: the engine does not serve the trained adapter: its log-probabilities differ from the "
             f"trainer's by {missed:.3g} nats a token, training changed them by {moved:.3g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
                 _keep_weights(stage, result)
                 stage.finish(rows, SCHEMA, ledger, train=_described(result))
     assert stage.done is not None
-    return _read_adapter(stage.done)
+    return read_adapter(stage.done)
 
 
 def finetuning_stage(run: TaskRun, kept: Artifact) -> Stage:
@@ -99,6 +100,7 @@ def train_spec(run: TaskRun) -> TrainSpec:
 
 def _keep_weights(stage: Stage, result: TrainResult) -> None:
     """Moves the final weights beside the stage's rows; the trainer's folder goes with the work folder."""
+    shutil.rmtree(stage.path / "weights", ignore_errors=True)  # of a process that was killed before its marker
     Path(result.checkpoints[-1].url).rename(stage.path / "weights")
 
 
@@ -106,7 +108,7 @@ def _described(result: TrainResult) -> dict[str, Any]:
     return asdict(replace(result, checkpoints=result.checkpoints[-1:]))
 
 
-def _read_adapter(artifact: Artifact) -> Adapter:
+def read_adapter(artifact: Artifact) -> Adapter:
     """Paths are worked out anew, so that a run folder can be moved."""
     train = artifact.marker["train"]
     ref = AdapterRef(**{**train["checkpoints"][-1], "url": str(artifact.path / "weights")})

@@ -20,7 +20,7 @@ from selfguide.taskrun import TaskRun
 class Comparison:
     """What became of the task: the finetuned student, and every method's scores on the same rows.
 
-    `evaluations` and `differences` (tuned minus the other method, in points) are empty for a task without held-out data.
+    Without held-out data `evaluations` and `differences` (tuned minus the other method, in points) are empty.
     """
 
     task: str
@@ -52,28 +52,39 @@ async def evaluate_untuned(run: TaskRun) -> dict[str, Artifact]:
     return evaluations
 
 
+def untuned_protocols(run: TaskRun) -> dict[str, Protocol]:
+    """How each method asks the untuned student: the base, and the controls whether the recipe wants them or not."""
+    sampling, annotation = run.recipe.evaluation.sampling, run.recipe.annotation
+    known = (
+        Protocol("base", sampling, run.num_demonstrations),
+        Protocol("few_shot_icl", sampling, None),
+        Protocol("filtered_decoding", annotation.sampling, None, annotation.num_samples, filtered=True),
+    )
+    return {protocol.method: protocol for protocol in known}
+
+
+def tuned_protocol(run: TaskRun, adapter: Adapter | None) -> Protocol:
+    return Protocol("self_guide", run.recipe.evaluation.sampling, run.num_demonstrations, adapter=adapter)
+
+
 async def base(run: TaskRun) -> Artifact | None:
     """The untuned student on the very prompts that the tuned one gets."""
-    return await evaluate(run, Protocol("base", run.recipe.evaluation.sampling, run.num_demonstrations))
+    return await evaluate(run, untuned_protocols(run)["base"])
 
 
 async def few_shot_icl(run: TaskRun) -> Artifact | None:
     """The untuned student with all the demonstrations that fit."""
-    return await evaluate(run, Protocol("few_shot_icl", run.recipe.evaluation.sampling, None))
+    return await evaluate(run, untuned_protocols(run)["few_shot_icl"])
 
 
 async def filtered_decoding(run: TaskRun) -> Artifact | None:
     """The untuned student, sampled and filtered at inference as annotation is (docs/methods.md)."""
-    config = run.recipe.annotation
-    protocol = Protocol("filtered_decoding", config.sampling, None, config.num_samples, filtered=True)
-    return await evaluate(run, protocol)
+    return await evaluate(run, untuned_protocols(run)["filtered_decoding"])
 
 
 async def tuned(run: TaskRun, adapter: Adapter) -> Artifact | None:
     """The finetuned student, once the engine has been proven to serve it."""
-    return await evaluate(
-        run, Protocol("self_guide", run.recipe.evaluation.sampling, run.num_demonstrations, adapter=adapter)
-    )
+    return await evaluate(run, tuned_protocol(run, adapter))
 
 
 async def compare(run: TaskRun, adapter: Adapter, untuned: Mapping[str, Artifact]) -> Comparison:
@@ -84,5 +95,5 @@ async def compare(run: TaskRun, adapter: Adapter, untuned: Mapping[str, Artifact
         resamples, seed = run.recipe.evaluation.bootstrap_samples, run.recipe.seed
         differences = {name: paired_bootstrap(ours, other, resamples, seed) for name, other in untuned.items()}
         evaluations = {**untuned, "self_guide": ours}
-    await record(run, adapter, evaluations, differences)
+    await record(run, adapter, evaluations)
     return Comparison(run.task.name, adapter, evaluations, differences)

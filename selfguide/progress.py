@@ -91,7 +91,9 @@ class ProgressView(AbstractContextManager["ProgressView"]):
         cells = [f"{name} {value}" for name, value in zip(_HEADS[1:], _cells(view), strict=True) if value]
         self._console.print(Text(f"{printable(task)} {stage}: " + ", ".join(cells)), soft_wrap=True)
 
-    def _table(self) -> Table:
+    def _table(self) -> Table | Text:
+        if not self._views:
+            return Text(self._note, style="dim")
         table = Table(box=None, pad_edge=False, title=Text(self._note, style="dim"), title_justify="left")
         for head in _HEADS:
             table.add_column(head, justify="left" if head == "stage" else "right")

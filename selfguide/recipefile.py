@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.resources import files
@@ -30,10 +31,10 @@ def shipped_recipes() -> dict[str, Path]:
 def load_recipe(recipe: str | Path = "default", changes: Mapping[str, Any] | None = None) -> Recipe:
     """A shipped recipe by name, or a YAML file; `changes` maps dotted keys to values."""
     path = _find(str(recipe))
-    tree = _read(path, depth=0)
+    # Merged over the defaults: a section's own (`evaluation.sampling` is greedy) must outlive a change of one key.
+    tree = _merge(Recipe(name=path.stem).model_dump(mode="json"), _read(path, depth=0))
     for key, value in (changes or {}).items():
         _set(tree, key, value)
-    tree.setdefault("name", path.stem)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -45,10 +46,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text}: write key=value, for example --set synthesis.lag=10")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {key}: {value!r} is not valid YAML; quote the text") from None
+    return key.strip(), _load_yaml(value, f"--set {key.strip()}")
 
 
 def describe_fields() -> list[str]:
@@ -96,7 +94,7 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
     if depth >= _MAX_EXTENDS:
         raise UserError(f"{path}: extends goes more than {_MAX_EXTENDS} recipes deep; does it name itself?")
     beside = path.parent / str(parent)
-    base = beside if beside.is_file() else _find(str(parent))
+    base = beside if os.path.isfile(beside) else _find(str(parent))  # a name too long for a file is no file
     return _merge(_read(base, depth + 1), tree)
 
 
@@ -113,24 +111,19 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for number, key in enumerate(keys):
             if key in keys[:number]:
-                raise yaml.MarkedYAMLError(problem=f"repeated key {key}", problem_mark=node.value[number][0].start_mark)
+                mark = node.value[number][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"repeated key {key!r}", problem_mark=mark)
         return super().construct_mapping(node, deep)
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"recipe {path}: cannot be read ({error.strerror}); correct the path") from None
     except UnicodeDecodeError:
         raise UserError(f"recipe {path}: is not UTF-8 text; save it as UTF-8") from None
-    except RecursionError:
-        raise UserError(f"recipe {path}: is nested too deeply; a recipe is sections of keys") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"recipe {path}, line {line}: {error.problem}; correct it there") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"recipe {path}: is not YAML ({' '.join(str(error).split())})") from None
+    tree = _load_yaml(text, f"recipe {path}")
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -138,8 +131,20 @@ def _parse(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _load_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise UserError(f"{source}: is nested too deeply; a recipe is sections of keys") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{source}, line {line}: {error.problem}; correct it there, or quote the text") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: is not YAML ({' '.join(str(error).split())}); quote the text") from None
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key, everything else is replaced; a filter (it has a name of its own) is replaced whole."""
+    """Mappings merge key by key, everything else, a chain of filters too, is replaced whole."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -153,14 +158,14 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"--set {key}: {section} is a value, not a section")
-    tree[last] = value
+    tree.update(_merge(tree, {last: value}))
 
 
 def _explain(error: ValidationError) -> str:
     """The first mistake: its dotted key, what is wrong, and for an unknown key the nearest known one."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
+    if first["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):  # of models, of dataclasses
         return f"{where}: {first['msg']} (got {str(first.get('input'))[:60]!r})"
     *parents, name = first["loc"]
     known = _known_keys(parents)
@@ -171,7 +176,8 @@ def _explain(error: ValidationError) -> str:
 
 def _known_keys(path: list[int | str]) -> list[str]:
     section: Any = Recipe
+    filters = {one.model_fields["name"].default: one for one in filter_specs()}  # a filter's name stands in the path
     for part in path:
         field = getattr(section, "model_fields", {}).get(part)
-        section = getattr(field, "annotation", None) if field else section
+        section = getattr(field, "annotation", None) if field else filters.get(part, section)
     return sorted(getattr(section, "model_fields", getattr(section, "__dataclass_fields__", {})))

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,11 @@ class Artifact:
 class RunStore:
     """A run folder. Raises `UserError` where it is not one, or one of a newer selfguide."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, create: bool = True) -> None:
         self.root = root
-        self._check_format()
+        self._check_format(create)
 
-    def _check_format(self) -> None:
+    def _check_format(self, create: bool) -> None:
         path = self.root / "run.json"
         try:
             if path.is_file():
@@ -72,6 +72,8 @@ class RunStore:
                 return
             if self.root.is_dir() and any(self.root.iterdir()):
                 raise UserError(f"{self.root}: is not empty and no run folder; choose another --out folder")
+            if not create:
+                return
             self.root.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"format": FORMAT, "created": time.time()}).encode())
         except (OSError, ValueError, AttributeError) as error:
@@ -108,7 +110,9 @@ class TaskStore:
         """Sets aside what `--force stage` wants made again; returns how many folders that were."""
         folders = [path for path in (self.root / stage).glob("*") if path.is_dir() and "." not in path.name]
         for path in folders:
-            path.rename(path.with_name(f"{path.name}.replaced-{time.time_ns()}"))
+            _check_free(path / "work")
+            with _disk_errors(path):
+                path.rename(path.with_name(f"{path.name}.replaced-{time.time_ns()}"))
         return len(folders)
 
 
@@ -135,35 +139,42 @@ class Stage:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Takes the stage's lease; raises `UserError` where another process holds it."""
-        try:
+        with _disk_errors(self.path):
             self.work.mkdir(parents=True, exist_ok=True)
             self._epoch = _take_lease(self.work)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); free space or choose another --out"
-            ) from error
-        self.log({"event": "begin", "epoch": self._epoch})
-        left = threading.Event()
-        threading.Thread(target=_beat, args=(self.work / f"lease-{self._epoch}", left), daemon=True).start()
+        lease, left = self.work / f"lease-{self._epoch}", threading.Event()
+        threading.Thread(target=_beat, args=(lease, left), daemon=True).start()
         try:
+            self.log({"event": "begin", "epoch": self._epoch})
             yield
         finally:
             left.set()
-            if self.work.is_dir() and _epoch(self.work) == self._epoch:
-                (self.work / f"lease-{self._epoch}").unlink(missing_ok=True)
+            with suppress(OSError):  # a lease that stays is succeeded, once its holder is dead
+                lease.unlink(missing_ok=True)
+
+    def _check_lease(self) -> None:
+        if _epoch(self.work) != self._epoch:
+            raise UserError(f"{self.path}: another process has taken this stage over; this one stops")
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Adds one line to the stage's events; on disk when this returns."""
         line = json.dumps({"time": time.time(), **event}, default=str) + "\n"
-        with (self.work / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+        path = self.work / "events.jsonl"
+        with _disk_errors(path), path.open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                line = "\n" + line  # behind what a process that died here, or a full disk, has left of a line
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
 
     def events(self) -> list[dict[str, Any]]:
+        """All events, oldest first; what is left of a torn line is passed over."""
         path = self.path / "events.jsonl" if self.done else self.work / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        events = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            with suppress(ValueError):
+                events.append(json.loads(line))
+        return events
 
     def suspects(self) -> set[str]:
         """Ids of rows that were in flight when an engine died."""
@@ -192,8 +203,7 @@ class Stage:
 
     def commit(self, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
         """Writes the shard that begins with `rows[0]`; `row` indexes are contiguous from a multiple of SHARD_ROWS."""
-        if _epoch(self.work) != self._epoch:
-            raise UserError(f"{self.path}: another process has taken this stage over; this one stops")
+        self._check_lease()
         path = self._shard(rows[0]["row"])
         try:
             write_rows(path, rows, schema, replace=False)
@@ -207,18 +217,22 @@ class Stage:
         self, rows: Sequence[Mapping[str, Any]] | Path, schema: pa.Schema | None, ledger: Ledger, **facts: Any
     ) -> Artifact:
         """Merges rows, events and marker into place. `rows` may be a file that is already written in `work`."""
-        if isinstance(rows, Path):
-            rows.replace(self.path / "rows.parquet")
-        else:
-            assert schema is not None
-            write_rows(self.path / "rows.parquet", rows, schema)
+        self._check_lease()
         self.log({"event": "end"})
         events = self.events()
-        shutil.copyfile(self.work / "events.jsonl", self.path / "events.jsonl")
+        with _disk_errors(self.path):
+            for left_over in self.path.glob(".*.part"):  # of a process that was killed as it finished
+                left_over.unlink()
+            if isinstance(rows, Path):
+                rows.replace(self.path / "rows.parquet")
+            else:
+                assert schema is not None
+                write_rows(self.path / "rows.parquet", rows, schema)
+            shutil.copyfile(self.work / "events.jsonl", self.path / "events.jsonl")
         marker = {
             "stage": self.name, "fingerprint": self.fingerprint, "format": FORMAT, "inputs": self._inputs,
             "made_by": self._made_by, "rows_digest": _file_digest(self.path / "rows.parquet"),
-            "ledger": ledger.as_dict(), "seconds": _busy_seconds(events), "finished": time.time(), **facts,
+            "ledger": ledger.as_dict(), "seconds": busy_seconds(events), "finished": time.time(), **facts,
         }  # fmt: skip
         write_whole(self.path / "done.json", json.dumps(marker, indent=1, default=str).encode())
         shutil.rmtree(self.work)
@@ -228,23 +242,30 @@ class Stage:
 def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
     """The file appears whole or not at all; with `replace=False` an existing one raises `FileExistsError`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _disk_errors(path):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                beside.replace(path)
+            else:
+                os.link(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What a disk refuses, the user can mend; a file that is there already is the caller's business."""
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            beside.replace(path)
-        else:
-            os.link(beside, path)
+        yield
+    except FileExistsError:
+        raise
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space, then run the same command again"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
+        remedy = "free space or choose another --out, then run the same command again"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, *, replace: bool = True) -> None:
@@ -267,10 +288,10 @@ def _file_digest(path: Path) -> str:
 def _folder_name(task: str) -> str:
     """A task's name as one path segment; a name that had to be changed gets a hash, so that no two collide."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", task).lstrip(".")[:100]
-    return safe if safe == task else f"{safe}-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
+    return safe if safe and safe == task else f"{safe}-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
 
 
-def _busy_seconds(events: Iterable[Mapping[str, Any]]) -> float:
+def busy_seconds(events: Iterable[Mapping[str, Any]]) -> float:
     """Seconds between the first and the last event of each process that worked on the stage, added up."""
     total, began, last = 0.0, 0.0, 0.0
     for event in events:
@@ -283,33 +304,43 @@ def _busy_seconds(events: Iterable[Mapping[str, Any]]) -> float:
 
 def _take_lease(work: Path) -> int:
     """A file `lease-<epoch>` names the holder. A holder that is dead, or silent on another host, is succeeded."""
-    epoch = _epoch(work)
-    lease = work / f"lease-{epoch}"
-    if lease.is_file() and _alive(lease):
-        raise UserError(f"{work.parent}: another process is at work here ({lease.read_text()}); wait for it or end it")
+    epoch = _check_free(work)
     me = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": _process_start(os.getpid()),
         "since": time.time(),
     }
-    holder = json.dumps(me)
     try:
-        with (work / f"lease-{epoch + 1}").open("x", encoding="utf-8") as file:
-            file.write(holder)
+        write_whole(work / f"lease-{epoch + 1}", json.dumps(me).encode(), replace=False)
     except FileExistsError:
         raise UserError(
             f"{work.parent}: another process began here at the same moment; run the command again"
         ) from None
-    lease.unlink(missing_ok=True)
+    (work / f"lease-{epoch}").unlink(missing_ok=True)
     (work / f"epoch-{epoch + 1}").touch()
     return epoch + 1
+
+
+def _check_free(work: Path) -> int:
+    """The last epoch, whose holder has left, is dead or silent; raises `UserError` where it is at work."""
+    epoch = _epoch(work)
+    lease = work / f"lease-{epoch}"
+    if lease.is_file() and _alive(lease):
+        raise UserError(f"{work.parent}: another process is at work here ({lease.read_text()}); wait for it or end it")
+    return epoch
 
 
 def _beat(lease: Path, left: threading.Event) -> None:
     """Touches the lease while its holder lives; ends when the holder leaves or has been succeeded."""
     while not left.wait(_BEAT_S) and lease.is_file():
-        lease.touch()
+        with suppress(OSError):
+            os.utime(lease)  # not `touch`, which would make it again
+
+
+def leases(root: Path) -> list[tuple[Path, bool]]:
+    """The leases in a run folder that nobody has given back, and whether their holders are at work."""
+    return [(path, _alive(path)) for path in sorted(root.glob("tasks/*/*/*/work/lease-*"))]
 
 
 def _epoch(work: Path) -> int:

@@ -53,8 +53,10 @@ def synthesis_stage(run: TaskRun) -> Stage:
     recipe = run.recipe
     filters = chosen(run.filters)
     wanted = ("inputs", "samples", "vote", "pairs") if recipe.synthesis.target_rows else ("inputs",)
+    synthesis = chosen(recipe.synthesis)
+    del synthesis["max_failed_share"]  # when to give up changes no row: whoever raises it goes on from there
     config = {
-        "synthesis": chosen(recipe.synthesis), "annotation": chosen(recipe.annotation),
+        "synthesis": synthesis, "annotation": chosen(recipe.annotation),
         "filters": {name: filters[name] for name in wanted}, "engine": recipe.engine.kind,
     }  # fmt: skip
     return run.store.stage("synthesis", run.made_by(VERSION, **config))
@@ -112,7 +114,9 @@ class _Synthesis:
         self._rows = rows
         self._decided = self._committed = len(rows)
         self._complete = set(range(len(rows)))
-        self._accepted = [row["row"] for row in rows if row["state"] == ACCEPTED]
+        # A row whose input was accepted and whose annotation failed has been shown, and is shown again.
+        self._accepted = [row["row"] for row in rows if row["state"] != REJECTED and row["input"] is not None]
+        self._failed = sum(row["state"] == FAILED for row in rows)
         self._inputs.recall([rows[i]["input"] for i in self._accepted])
         self._judge_pairs()
 

@@ -134,7 +134,7 @@ def read_task_file(path: Path) -> NITask | OwnTask:
     text = _read_text(path)
     content = _parse_json(path, text) if path.suffix.lower() == ".json" else _parse_yaml(path, text)
     if not isinstance(content, dict):
-        fail(path, f"the file holds {_describe_type(content)}: {_WANTED}")
+        fail(path, f"the file holds {describe_type(content)}: {_WANTED}")
     model = NITask if {"Definition", "Positive Examples", "Instances"} & content.keys() else OwnTask
     try:
         fields = model.model_validate(content)
@@ -246,7 +246,7 @@ def _build_mapping(path: Path, events: Iterator[Any], depth: int) -> dict[str, o
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         key = _build(path, events, event, depth + 1)
         if not isinstance(key, str):
-            fail(path, f"line {_line(event)} has {_describe_type(key)} as a key: write a word")
+            fail(path, f"line {_line(event)} has {describe_type(key)} as a key: write a word")
         if key in mapping:
             fail(path, f"line {_line(event)} repeats the key {shorten(key)}: keep one of them")
         mapping[key] = _build(path, events, next(events), depth + 1)
@@ -259,7 +259,7 @@ def _explain(error: ValidationError) -> str:
     errors = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     first = errors[0]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    wrong_type = f"{field} is {_describe_type(first['input'])}"
+    wrong_type = f"{field} is {describe_type(first['input'])}"
     match first["type"]:
         case "missing":
             text = f"{field} is missing: add it"
@@ -289,7 +289,8 @@ def _suggest_key(loc: tuple[int | str, ...]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else f"remove it (known are {', '.join(keys)})"
 
 
-def _describe_type(value: object) -> str:
+def describe_type(value: object) -> str:
+    """What a JSON value is, in words."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "true or false"
     if isinstance(value, str | list):

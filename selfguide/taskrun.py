@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from selfguide.config import Filters, Recipe
 from selfguide.filters import Context
 from selfguide.prompts import VERSION, Prompts
+from selfguide.protocols import test_instances
 from selfguide.records import row_id, row_seed
 from selfguide.store import Stage, TaskStore
 from selfguide.tasks import Instance, Task
@@ -69,7 +70,7 @@ class TaskRun:
 
     @cached_property
     def evaluation_instances(self) -> tuple[Instance, ...]:
-        return self.task.instances[: self.recipe.evaluation.num_instances]
+        return test_instances(self.task, self.recipe.evaluation, self.recipe.seed)
 
     @property
     def num_demonstrations(self) -> int | None:

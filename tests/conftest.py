@@ -18,7 +18,7 @@ from selfguide.api import Session, open_session
 from selfguide.config import Recipe
 from selfguide.recipefile import load_recipe
 
-pytest_plugins = ["ni_data"]
+pytest_plugins = ["ni_data", "lora", "processes"]
 
 REPO = Path(__file__).parent.parent
 EXAMPLES = REPO / "selfguide" / "examples"
@@ -60,7 +60,7 @@ async def vllm_session(ray_cluster: dict[str, float], smoke_recipe: Recipe) -> A
         yield session
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def open_simulated(ray_cluster: dict[str, float], random_student: Path) -> OpenSimulated:
     """Sessions whose engines answer without a model: `open_simulated(**{"synthesis.lag": 8})`."""
 

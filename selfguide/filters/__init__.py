@@ -17,12 +17,15 @@ from selfguide.filters.length import Length
 from selfguide.filters.noise import Noise
 
 __all__ = [
-    "AnyRowFilter", "AnySetFilter", "Balance", "Context", "Duplicate", "EvaluationCopy", "Finished", "GoldCopy",
-    "Length", "Noise", "ValidLabel", "Vote", "filter_specs", "normalise",
+    "AnyInputFilter", "AnyRowFilter", "AnySetFilter", "Balance", "Context", "Duplicate", "EvaluationCopy", "Finished",
+    "GoldCopy", "Length", "Noise", "ValidLabel", "Vote", "filter_specs", "normalise",
 ]  # fmt: skip
 
 AnyRowFilter = Annotated[
     Empty | Finished | Noise | Length | GoldCopy | EvaluationCopy | ValidLabel | Agreement, Field(discriminator="name")
+]
+AnyInputFilter = Annotated[
+    Empty | Finished | Noise | Length | GoldCopy | EvaluationCopy | Duplicate, Field(discriminator="name")
 ]
 AnySetFilter = Annotated[Duplicate | NearDuplicate | Balance, Field(discriminator="name")]
 

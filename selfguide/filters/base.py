@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class FilterSpec(BaseModel):
     """A filter's entry in the recipe: its `name`, and parameters with documented defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

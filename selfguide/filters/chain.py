@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from selfguide.config import Filters
 
 SAMPLES = pl.List(pl.Struct({"text": pl.String, "finish_reason": pl.String, "tokens": pl.Int32, "logprob": pl.Float64}))
+INPUTS = {"text": pl.String(), "tokens": pl.Int32(), "finish_reason": pl.String()}
 PAIRS = {"row": pl.Int32(), "input": pl.String(), "label": pl.String(), "samples": SAMPLES}
 
 
@@ -32,16 +33,18 @@ class InputJudge:
 
     def __init__(self, filters: Filters, context: Context) -> None:
         self._chain = compile_chain([one for one in filters.inputs if not isinstance(one, Duplicate)], context)
-        self._distinct = any(isinstance(one, Duplicate) for one in filters.inputs)
+        names = [one.name for one in filters.inputs]
+        self._distinct = Duplicate().name in names
+        self._before = frozenset(names[: names.index(Duplicate().name)] if self._distinct else names)
         self._seen: set[str] = set()
 
     def judge(self, texts: Sequence[str], tokens: Sequence[int], finish: Sequence[str]) -> list[tuple[str, str] | None]:
         """Filter and reason for each text that is turned away, None for one that stays."""
         columns = {"text": list(texts), "tokens": list(tokens), "finish_reason": list(finish)}
-        rows = pl.DataFrame(columns).with_columns(self._chain)
+        rows = pl.DataFrame(columns, schema=INPUTS).with_columns(self._chain)
         verdicts: list[tuple[str, str] | None] = []
         for key, name, reason in zip(normalise(list(texts)), rows["filter"], rows["reason"], strict=True):
-            if name is None and self._distinct and key in self._seen:
+            if self._distinct and key in self._seen and name not in self._before:
                 name, reason = "duplicate", "seen before"
             verdicts.append((name, reason) if name is not None else None)
             if name is None:
@@ -76,8 +79,7 @@ class PairJudge:
         table = rows.select(list(PAIRS))
         samples = self.judge_samples(table)
         alive = samples.filter(pl.col("filter").is_null())
-        num_samples = table.select(pl.col("samples").list.len().max()).item() or 1
-        elected = self._vote.elect(alive.select("row", "text"), num_samples)
+        elected = self._vote.elect(alive)
         tokens = alive.group_by("row", "text").agg(pl.col("tokens").first())
         pairs = table.drop("samples").join(elected, on="row", how="left", maintain_order="left")
         pairs = pairs.join(tokens, on=["row", "text"], how="left", maintain_order="left")
@@ -86,7 +88,8 @@ class PairJudge:
 
     def judge_samples(self, table: pl.DataFrame) -> pl.DataFrame:
         """One line for each sample, with its verdict; where labels are read, a survivor's text is its label."""
-        samples = table.explode("samples").unnest("samples").filter(pl.col("text").is_not_null())
+        counted = table.with_columns(pl.col("samples").list.len().alias("num_samples"))
+        samples = counted.explode("samples").unnest("samples").filter(pl.col("text").is_not_null())
         judged = samples.with_columns(pl.col("text").str.strip_chars()).with_columns(self._samples)
         read = pl.when(pl.col("filter").is_null()).then(self._read).otherwise(pl.col("text"))
         return judged.with_columns(read.alias("text"))

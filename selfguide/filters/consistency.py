@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -29,15 +30,15 @@ class Vote(FilterSpec):
     of: Literal["samples", "survivors"] = "samples"
     """What the share is a share of."""
 
-    def elect(self, answers: pl.DataFrame, num_samples: int) -> pl.DataFrame:
-        """From surviving answers (`row`, `text`) to one line a row: `row`, `text`, `votes`, `share`."""
+    def elect(self, answers: pl.DataFrame) -> pl.DataFrame:
+        """From surviving answers (`row`, `text`, `num_samples`) to one line a row: `row`, `text`, `votes`, `share`."""
         import polars as pl
 
         if self.choose == "medoid":
             return _medoids(answers)
-        counted = answers.group_by("row", "text").agg(pl.len().alias("votes"))
+        counted = answers.group_by("row", "text").agg(pl.len().alias("votes"), pl.col("num_samples").first())
         survivors = pl.col("votes").sum().over("row")
-        share = pl.col("votes") / (survivors if self.of == "survivors" else num_samples)
+        share = pl.col("votes") / (survivors if self.of == "survivors" else pl.col("num_samples"))
         ranked = counted.with_columns(share.alias("share"), pl.col("text").str.len_chars().alias("length"))
         ranked = ranked.sort("row", "votes", "length", "text", descending=[False, True, False, False])
         return ranked.group_by("row", maintain_order=True).first().select("row", "text", "votes", "share")
@@ -67,6 +68,7 @@ def _medoid(texts: Sequence[str]) -> tuple[str, int, float]:
 
     if len(texts) == 1:
         return texts[0], 1, 1.0
-    means = [sum(rouge_l(one, [other]) for j, other in enumerate(texts) if j != i) for i, one in enumerate(texts)]
-    best = max(range(len(texts)), key=lambda i: (means[i], -len(texts[i])))
-    return texts[best], texts.count(texts[best]), means[best] / (len(texts) - 1)
+    # fsum is exact: the order of the answers cannot break a tie.
+    sums = [math.fsum(rouge_l(one, [other]) for j, other in enumerate(texts) if j != i) for i, one in enumerate(texts)]
+    best = min(range(len(texts)), key=lambda i: (-sums[i], len(texts[i]), texts[i]))
+    return texts[best], texts.count(texts[best]), sums[best] / (len(texts) - 1)

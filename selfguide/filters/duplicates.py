@@ -42,15 +42,18 @@ class NearDuplicate(FilterSpec):
         from datasketch import MinHash, MinHashLSH
 
         index = MinHashLSH(threshold=self.threshold, num_perm=self.permutations)
+        sketches: dict[int, MinHash] = {}
         reasons: list[str | None] = []
         texts = rows.select(normalised(self.column)).to_series().to_list()
         for number, text in enumerate(texts):
             sketch = MinHash(num_perm=self.permutations, seed=1)
             sketch.update_batch([shingle.encode() for shingle in self._shingles(text)])
-            near = index.query(sketch)
+            # The index proposes; among what it proposes are texts below the threshold.
+            near = [other for other in index.query(sketch) if sketches[other].jaccard(sketch) >= self.threshold]
             reasons.append(f"near row {rows['row'][min(near)]}" if near else None)
             if not near:
                 index.insert(number, sketch)
+                sketches[number] = sketch
         return pl.Series("reason", reasons, dtype=pl.String)
 
     def _shingles(self, text: str) -> set[str]:

@@ -7,10 +7,14 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from selfguide.filters.base import Context, FilterSpec
 
 if TYPE_CHECKING:
     import polars as pl
+
+_OUTER = " \t\r\n.,;:!?\"'`()[]*"
 
 
 class ValidLabel(FilterSpec):
@@ -28,10 +32,14 @@ class ValidLabel(FilterSpec):
         """The label that the column `text` names, or null."""
         import polars as pl
 
+        if not context.labels:
+            return pl.lit(None, dtype=pl.String)
         if self.match == "exact":
-            bare = pl.col("text").str.strip_chars(" \t\r\n.,;:!?\"'`()[]*").str.to_lowercase()
-            spellings = {_bare(label): label for label in reversed(context.labels)}
-            return bare.replace_strict(list(spellings), list(spellings.values()), default=None, return_dtype=pl.String)
+            whole = pl.col("text").str.strip_chars()
+            bare = whole.str.strip_chars(_OUTER).str.to_lowercase()
+            spellings = {_bare(label): label for label in reversed(context.labels) if _bare(label)}
+            known = bare.replace_strict(list(spellings), list(spellings.values()), default=None, return_dtype=pl.String)
+            return pl.when(whole.is_in(context.labels)).then(whole).otherwise(known)  # labels may differ in case alone
         # Longest first: of "entails" and "entails not" the longer one is meant where it stands.
         pattern = "|".join(re.escape(label) for label in sorted(context.labels, key=len, reverse=True))
         found = pl.col("text").str.extract_all(pattern)
@@ -62,7 +70,7 @@ class Balance(FilterSpec):
     """
 
     name: Literal["balance"] = "balance"
-    ratio: float = 1.0
+    ratio: float = Field(default=1.0, ge=1)
     """The most common label's rows over the rarest's."""
 
     def reasons(self, rows: pl.DataFrame, context: Context) -> pl.Series:
@@ -80,4 +88,4 @@ class Balance(FilterSpec):
 
 
 def _bare(label: str) -> str:
-    return label.strip(" \t\r\n.,;:!?\"'`()[]*").lower()
+    return label.strip(_OUTER).lower()

@@ -12,15 +12,15 @@ from typing import Any
 
 import selfguide
 from selfguide.errors import UserError
-from selfguide.intervals import METRICS
 from selfguide.records import Ledger
-from selfguide.report.conclusion import conclude
+from selfguide.report.conclusion import METRIC_TITLES, conclude
 from selfguide.store import TOKEN_COUNTS, Artifact, RunStore, Stage, TaskStore
 
 SCHEMA_VERSION = 1
 TRAINED_FROM = ("synthesis", "curation", "finetuning")
 """The stages behind an adapter, in order."""
 _STAGES = (*TRAINED_FROM, "evaluation")
+_GENERATION_METRICS = ("authors_rouge_char", "rouge_l", "exact_match")
 _SAME_DEATH_S = 1.0
 
 Artifacts = Mapping[str, Artifact]
@@ -42,11 +42,10 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def _open_run(folder: Path) -> RunStore:
-    """A `RunStore` makes the folder where there is none; a report must not."""
     if not (folder / "run.json").is_file():
         what = "is no run folder (it has no run.json)" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{folder}: {what}; name the --out folder of a `selfguide run`")
-    return RunStore(folder)
+    return RunStore(folder, create=False)
 
 
 def _lift(lines: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -132,6 +131,8 @@ def _line(artifacts: Artifacts, comparison: Artifact) -> dict[str, Any]:
         "recipe": {"name": marker["recipe"]["name"], "settings": marker["recipe"]},
         "environment": marker["environment"],
         "engine": marker["recipe"]["engine"]["kind"],
+        "protocol": marker["recipe"]["evaluation"]["protocol"],
+        "labels_from": marker["task"]["labels_from"],
         "student": {"name": marker["recipe"]["model"]["path"], "digest": marker["made_by"]["model"]},
         "lineage": {stage: _id(behind[stage]) for stage in TRAINED_FROM},
         "funnel": _funnel(behind),
@@ -144,6 +145,7 @@ def _line(artifacts: Artifacts, comparison: Artifact) -> dict[str, Any]:
 
 
 def _ancestors(artifacts: Artifacts, one: Artifact) -> dict[str, Artifact]:
+    """The artifact itself and all that it was made from, by stage."""
     found = {one.stage: one}
     for name in one.marker["inputs"]:
         found |= _ancestors(artifacts, artifacts[name])
@@ -198,8 +200,9 @@ def _estimate(n: int, mean: float | None, low: float | None, high: float | None)
 
 
 def _primary_metric(kind: str, methods: Sequence[Mapping[str, Any]]) -> str | None:
-    """As published: exact match for classification, ROUGE-L for generation where it is available."""
-    order = METRICS if kind == "classification" else METRICS[::-1]
+    """As published: exact match for classification, ROUGE-L for generation where available; the authors' own of these
+    under their protocol, which alone computes them."""
+    order = ("authors_em", "exact_match") if kind == "classification" else _GENERATION_METRICS
     return next((metric for metric in order if methods and methods[-1]["scores"][metric]), None)
 
 
@@ -223,7 +226,7 @@ def _stage(artifact: Artifact, *, intact: bool) -> dict[str, Any]:
         "output_tokens_per_s": round(output_tokens / seconds, 1) if output_tokens is not None and seconds else None,
         "num_engine_deaths": _count_deaths(stage.events()),
         "surplus_rows": marker.get("surplus"),
-        "scores": {key: scores[key] for key in METRICS} if scores else None,
+        "scores": {key: scores.get(key) for key in METRIC_TITLES} if scores else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a line's numbers say, in sentences that a person can quote. Nothing is claimed that an interval does not show."""
+"""What a line's numbers say, in sentences to quote. Nothing is claimed that an interval does not show."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any
 
 TITLES = {
     "base": "the untuned student",
-    "few_shot_icl": "the untuned student with all demonstrations",
+    "few_shot_icl": "few-shot ICL with all demonstrations",
     "filtered_decoding": "filtered decoding",
     "self_guide": "SELF-GUIDE",
 }
-METRIC_TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
+METRIC_TITLES = {
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+    "authors_em": "the authors' EM",
+    "authors_rouge_char": "the authors' ROUGE-L of characters",
+}
+"""Every metric; the authors' are there under their protocol alone."""
 
 
 def conclude(line: Mapping[str, Any]) -> list[str]:
@@ -49,13 +55,13 @@ def _sign(estimate: Mapping[str, Any]) -> int:
 
 
 def _caveats(line: Mapping[str, Any]) -> list[str]:
-    if line["engine"] == "simulated":
-        return ["Simulated engines answered, without a model: the scores mean nothing."]
     caveats = []
-    if line["student"]["name"] == "random":
-        caveats.append(
-            "The student has random weights: the scores show that the machine works, not that the method does."
-        )
+    if line["engine"] == "simulated":
+        caveats.append("Simulated engines answered, without a model: the scores mean nothing.")
+    elif line["student"]["name"] == "random":
+        caveats.append("The student's weights are random: the scores say nothing about the method.")
+    if line["labels_from"] == "instances":
+        caveats.append("The labels were read off the test answers, which flatters every method.")
     if line["proof"]["status"] == "indistinguishable from base":
         caveats.append("Training changed the student by no more than the engine's numerical noise.")
     return caveats
@@ -73,15 +79,12 @@ def _against_base(gain: Mapping[str, Any], metric: str) -> str:
 
 
 def _against_control(method: str, gain: Mapping[str, Any], gained: bool) -> list[str]:
-    """A control matters where it is clearly better or worse, or where it may explain the gain."""
+    """A control, which trains nothing, matters where it is clearly better or worse, or may explain the gain."""
     name, amount, sign = title(method), points(abs(gain["mean"])), _sign(gain)
-    numbers = f"(95% interval {bounds(gain)})"
-    if sign > 0:
-        return [f"It is {amount} points above {name} {numbers}, which trains nothing."]
-    if sign < 0:
-        return [f"It is {amount} points below {name} {numbers}, which trains nothing."]
-    if gained:
-        return [
-            f"It is not shown to be above {name} (difference {points(gain['mean'])}, {bounds(gain)}), which trains nothing and may explain the gain."
-        ]
-    return []
+    if sign:
+        side = "above" if sign > 0 else "below"
+        return [f"It is {amount} points {side} {name}, which trains nothing (95% interval {bounds(gain)})."]
+    if not gained:
+        return []
+    numbers = f"difference {points(gain['mean'])}, 95% interval {bounds(gain)}"
+    return [f"It is not shown to be above {name} ({numbers}), which trains nothing and may explain the gain."]

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from selfguide.intervals import METRICS
 from selfguide.report.conclusion import METRIC_TITLES, bounds, points, title
 from selfguide.text import printable
 
 NONE = "–"
 _MARKUP = re.compile(r"[\\`*\[\]{}#|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_ALWAYS_SHOWN = ("exact_match", "rouge_l")
 _STEPS = {"candidates": "candidates", "inputs_accepted": "accepted inputs", "pairs_kept": "kept pairs"}
 _LABELS_FROM = {
     "task": "declared in the task file", "examples": "read off the examples", "instances": "read off the test answers",
@@ -43,7 +43,7 @@ def escape(text: object) -> str:
 
 
 def table(align: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns also line up as plain text; `align` has l or r for each column. Cells are escaped already."""
+    """A table whose columns also line up as plain text; `align` has l or r for each. Cells are escaped already."""
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
     rule = ["-" * (width - 1) + ("-" if side == "l" else ":") for width, side in zip(widths, align, strict=True)]
@@ -72,7 +72,7 @@ def _overview_row(task: Json, line: Json) -> list[str]:
         return [*row, "no held-out data", *[NONE] * 4]
     base, ours = scores["base"], scores["self_guide"]
     means = [points(one["scores"][metric]["mean"]) for one in (base, ours)]
-    return [*row, METRIC_TITLES[metric], _count(ours["scores"][metric]["n"]), *means, _gain(base, metric)]
+    return [*row, _metric(metric), _count(ours["scores"][metric]["n"]), *means, _gain(base, metric)]
 
 
 # ---- a task
@@ -111,10 +111,13 @@ def _line(task: Json, line: Json) -> list[str]:
     stages = {one["id"]: one for one in task["stages"]}
     mine = {_stage_title(line, name): stages[name] for name in _stage_names(line)}
     student = f"{escape(line['student']['name'])} ({line['student']['digest'][:12]})"
-    made = f"`{line['id']}`, {line['finished']}; student {student}, {line['engine']} engine, "
+    made = f"`{line['id']}`, {line['finished']}; student {student}, {escape(line['engine'])} engine, "
+    made += f"{escape(line['protocol'])} protocol, "
     blocks = [f"### Recipe {escape(line['recipe_name'])}, seed {line['seed']}"]
     blocks += [" ".join(map(escape, line["conclusion"])), *(_scores(line) if line["methods"] else [])]
     blocks += [_funnel(line, stages), _ledger(mine), _training(line), _work(mine)]
+    if line["task_digest"] != task["lines"][-1]["task_digest"]:
+        blocks.append("The task file has changed since: these numbers are of an earlier version.")
     return [*blocks, made + f"environment {line['environment']}, recipe {line['recipe']} (in full in report.json)."]
 
 
@@ -135,33 +138,36 @@ def _replaced(stage: Json) -> str:
 
 
 def _scores(line: Json) -> list[str]:
-    heads = [METRIC_TITLES[metric] for metric in METRICS]
-    scores = [
-        [
-            _method(one["method"]),
-            *(_score(one["scores"][metric]) for metric in METRICS),
-            _size(one),
-            _count(one["num_failed"]),
-        ]
-        for one in line["methods"]
-    ]
-    gains = [
-        [_method(one["method"]), *(_gain(one, metric) for metric in METRICS)]
-        for one in line["methods"] if one["method"] != "self_guide"
-    ]  # fmt: skip
+    metrics = [metric for metric in METRIC_TITLES if metric in _ALWAYS_SHOWN or line["methods"][-1]["scores"][metric]]
+    heads, align = list(map(_metric, metrics)), "r" * len(metrics)
+    scores = ([_method(one["method"]), *_score_cells(one, metrics)] for one in line["methods"])
+    others = [one for one in line["methods"] if one["method"] != "self_guide"]
+    gains = ([_method(one["method"]), *(_gain(one, metric) for metric in metrics)] for one in others)
     return [
-        table("lrrrr", ["method", *heads, "n", "failed"], scores),
-        table("lrr", ["SELF-GUIDE minus", *heads], gains),
-        _SCORES_NOTE,
+        table(f"l{align}rr", ["method", *heads, "n", "failed"], scores),
+        table(f"l{align}", ["SELF-GUIDE minus", *heads], gains),
+        " ".join([_SCORES_NOTE, *_shared(line["methods"])]),
     ]
+
+
+def _shared(methods: Sequence[Json]) -> Iterable[str]:
+    for name in dict.fromkeys(one["evaluation"] for one in methods):
+        same = [escape(title(one["method"])) for one in methods if one["evaluation"] == name]
+        if len(same) > 1:
+            yield f"The prompts are the same for {' and '.join(same)}: they share one evaluation."
 
 
 def _method(name: str) -> str:
     return escape(title(name).removeprefix("the "))
 
 
-def _size(method: Json) -> str:
-    return _count(next(one["n"] for one in method["scores"].values() if one))
+def _metric(name: str) -> str:
+    return METRIC_TITLES[name].removeprefix("the ")
+
+
+def _score_cells(method: Json, metrics: Sequence[str]) -> list[str]:
+    rows = next(one["n"] for one in method["scores"].values() if one)
+    return [*(_score(method["scores"][metric]) for metric in metrics), _count(rows), _count(method["num_failed"])]
 
 
 def _score(estimate: Json | None) -> str:
@@ -181,7 +187,9 @@ def _funnel(line: Json, stages: Mapping[str, Json]) -> str:
     shares = [f" ({one['share']:.0%})" for one in line["funnel"][1:]]
     surplus = stages[line["lineage"]["synthesis"]]["surplus_rows"]
     steps = " → ".join([first, *(step + share for step, share in zip(rest, shares, strict=True))])
-    return f"Rows: {steps}." + (f" Dropped as surplus while under way: {_count(surplus)}." if surplus else "")
+    return f"Rows, and shares of the candidates: {steps}." + (
+        f" Dropped as surplus while under way: {_count(surplus)}." if surplus else ""
+    )
 
 
 def _ledger(stages: Mapping[str, Json]) -> str:
@@ -221,8 +229,8 @@ def _training(line: Json) -> str:
     said = (
         f"Finetuning ({escape(train['method'])}{rank}): {_plural(train['rows'], 'row')}, "
         f"{_plural(train['epochs'], 'epoch')}, {_plural(train['steps'], 'step')}, {_count(train['tokens'])} tokens "
-        f"({_count(train['completion_tokens'])} of answers), loss {_small(train['first_loss'])} to "
-        f"{_small(train['last_loss'])}, {train['train_s']:.1f} s."
+        f"({_count(train['completion_tokens'])} of answers), loss {_small(train['first_loss'], '.3f')} to "
+        f"{_small(train['last_loss'], '.3f')}, {train['train_s']:.1f} s."
     )
     if proof:
         said += (
@@ -234,13 +242,14 @@ def _training(line: Json) -> str:
 
 
 def _unfinished(stages: Sequence[Json]) -> str:
-    heads = ["stage", "committed rows", "accepted", "rejected", "failed", "checkpoint", "engine deaths", "last event"]
-    return table("lrrrrrrl", heads, map(_unfinished_row, stages))
+    ends = ["accepted", "rejected", "failed", "lost to"]
+    heads = ["stage", "committed rows", *ends, "checkpoint", "engine deaths", "last event"]
+    return table("lrrrrlrrl", heads, map(_unfinished_row, stages))
 
 
 def _unfinished_row(stage: Json) -> list[str]:
     step, deaths = stage["checkpoint_step"], _count(stage["num_engine_deaths"])
-    cells = _ledger_cells(stage["ledger"])[:-1]
+    cells = _ledger_cells(stage["ledger"])
     return [f"`{stage['id']}`", *cells, NONE if step is None else f"step {step}", deaths, stage["last_event"] or NONE]
 
 
@@ -267,5 +276,5 @@ def _count(number: int | None) -> str:
     return NONE if number is None else f"{number:,}"
 
 
-def _small(number: float | None) -> str:
-    return "not finite" if number is None else f"{number:.3g}"
+def _small(number: float | None, spec: str = ".3g") -> str:
+    return "not finite" if number is None else format(number, spec)
