@@ -66,6 +66,7 @@ class _Lane:
     in_flight: dict[str, _Ticket] = field(default_factory=dict)
     sequences: int = 0
     num_calls: int = 0
+    life: int = 1
     busy_alone: bool = False
 
     @property
@@ -322,7 +323,14 @@ class Pool:
         """Suspicion goes to disk before the suspects run again, once for every journal among them."""
         for channel in {ticket.channel for ticket in tickets}:
             rows = [ticket.work.id for ticket in tickets if ticket.channel is channel]
-            event = {"event": "engine_died", "engine": lane.name, "time": time.time(), "alone": alone, "blame": blame}
+            event = {
+                "event": "engine_died",
+                "engine": lane.name,
+                "life": lane.life,
+                "time": time.time(),
+                "alone": alone,
+                "blame": blame,
+            }
             if channel.journal:
                 channel.journal({**event, "rows": rows})
 
@@ -340,6 +348,7 @@ class Pool:
                 await asyncio.sleep(0.2)
                 continue
             lane.state = "ready"
+            lane.life += 1
             self._schedule_pump()
             return
         lane.state = "lost"

@@ -54,7 +54,9 @@ class Trainers:
                 if attempt == _MAX_CRASHES:
                     raise TrainingFailed(f"the trainer's process died {attempt} times (out of memory?)") from error
             finally:
-                job.cancel()  # where the caller was cancelled: the process must not go on writing into `work`
+                if not job.done():  # the caller was cancelled: the process must not go on writing into `work`
+                    job.cancel()
+                    await asyncio.wait([job])
         raise AssertionError("unreachable")
 
     async def _run(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:

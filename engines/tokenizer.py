@@ -38,8 +38,9 @@ class Tokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return list(self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, specials: bool = False) -> str:
+        """Text of the tokens; with `specials` also of those that are no text, such as the end of a turn."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not specials))
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, answer: bool) -> str:
         """The conversation by the tokenizer's own template; `answer` opens the assistant's next turn."""

@@ -172,7 +172,8 @@ class _Evaluation:
         predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
         exact = [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
         rouge: list[float] | list[None] = [None] * len(rows)
-        if self._run.task.output_language == "English":  # other languages need GPT-2's tokenizer, never the English one
+        task = self._run.task  # the official cross-lingual track is every task with another language on either side
+        if task.input_language == task.output_language == "English":
             rouge = [metrics.rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
         scored = [row | {"exact_match": e, "rouge_l": r} for row, e, r in zip(rows, exact, rouge, strict=True)]
         authors = self._run.recipe.evaluation.protocol == "authors"

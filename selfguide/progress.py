@@ -110,7 +110,7 @@ def _cells(view: _StageView) -> list[str]:
     rows, total, left = counts.get("rows"), counts.get("of"), view.left_s()
     accepted, failed = counts.get("accepted"), counts.get("failed")
     rejected = None if accepted is None or rows is None else max(0, rows - accepted - (failed or 0))
-    speed = counts.get("output_tokens", 0) / view.seconds if view.seconds > 0 else 0
+    speed = counts.get("output_tokens", 0) / view.seconds if view.seconds >= 1 else 0
     loss = counts.get("loss")
     return [
         f"{rows}/{total}" if total else _number(rows),

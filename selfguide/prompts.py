@@ -166,6 +166,11 @@ class Prompts:
             self._head_ids[parts.head] = bos + self._tokenizer.encode(parts.head)
         return self._head_ids[parts.head] + self._tokenizer.encode(varying + parts.close)
 
+    def num_fixed(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's first tokens are its fixed part, of those that were rendered here."""
+        heads = (len(head) for head in self._head_ids.values() if list(ids[: len(head)]) == head)
+        return max(heads, default=0)
+
     def _varying(self, text: str) -> str:
         return self._clean(text) if self._chat else f" {self._clean(text)}"
 

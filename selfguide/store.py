@@ -67,7 +67,8 @@ class RunStore:
                 known = json.loads(path.read_text(encoding="utf-8")).get("format")
                 if known != FORMAT:
                     raise UserError(
-                        f"{path}: format {known}, this selfguide writes {FORMAT}; choose another --out folder"
+                        f"{path}: format {known}, this selfguide reads and writes {FORMAT}; take the selfguide that "
+                        "made it, or another folder"
                     )
                 return
             if self.root.is_dir() and any(self.root.iterdir()):

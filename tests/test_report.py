@@ -390,8 +390,8 @@ def test_a_retired_stage_is_neither_finished_nor_unfinished(store: RunStore) -> 
 def test_one_death_is_counted_once(store: RunStore) -> None:
     """Each call that was in flight writes an event of its own."""
     died = {"event": "engine_died", "alone": False, "blame": True, "rows": []}
-    moments = [("engine-0", 10.0), ("engine-0", 10.2), ("engine-1", 10.1), ("engine-0", 14.0)]
-    events = [{**died, "engine": engine, "time": time} for engine, time in moments]
+    lives = [("engine-0", 1), ("engine-0", 1), ("engine-1", 1), ("engine-0", 2)]
+    events = [{**died, "engine": engine, "life": life, "time": 10.0} for engine, life in lives]
     rows = rows_of(synthesis.SCHEMA, 3)
     finish(store.task("colours"), "synthesis", {}, [], rows, synthesis.SCHEMA, events, **TOKENS)
     [stage] = read_report(store.root)["tasks"][0]["stages"]

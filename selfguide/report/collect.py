@@ -21,7 +21,6 @@ TRAINED_FROM = ("synthesis", "curation", "finetuning")
 """The stages behind an adapter, in order."""
 _STAGES = (*TRAINED_FROM, "evaluation")
 _GENERATION_METRICS = ("authors_rouge_char", "rouge_l", "exact_match")
-_SAME_DEATH_S = 1.0
 
 Artifacts = Mapping[str, Artifact]
 """Finished stages by `stage/fingerprint`."""
@@ -253,13 +252,13 @@ def _unfinished_stage(path: Path) -> dict[str, Any]:
 
 
 def _count_deaths(events: Sequence[Mapping[str, Any]]) -> int:
-    """A death leaves one event for each call that was in flight, all within moments; a restart takes longer."""
-    deaths, last = 0, dict[str, float]()
+    """A death leaves one event for each call that was in flight; processes count an engine's lives from 1 again."""
+    process, deaths = 0, set[tuple[int, str, int]]()
     for event in events:
+        process += event["event"] == "begin"
         if event["event"] == "engine_died":
-            deaths += event["time"] - last.get(event["engine"], -math.inf) > _SAME_DEATH_S
-            last[event["engine"]] = event["time"]
-    return deaths
+            deaths.add((process, event["engine"], event["life"]))
+    return len(deaths)
 
 
 def _moment(seconds: float) -> str:
