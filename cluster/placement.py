@@ -89,7 +89,8 @@ def place(spec: ClusterSpec, tensor_parallel: int, resources: dict[str, float]) 
         return Placement(tensor_parallel, spec.gpus_per_trainer, time_shared=False)
     if gpus == engines == spec.gpus_per_trainer == 1:
         return Placement(0.5, 0.5, time_shared=True)  # halves of one GPU for Ray; each takes its turn at the whole
+    remedy = "lower cluster.num_engines or engine.tensor_parallel" if gpus else "set cluster.device: cpu"
     raise PlacementError(
         f"the recipe needs {engines + spec.gpus_per_trainer:g} GPUs ({spec.num_engines} engines x {tensor_parallel}, "
-        f"{spec.gpus_per_trainer:g} for a trainer), the cluster has {gpus:g}; lower cluster.num_engines"
+        f"{spec.gpus_per_trainer:g} for a trainer), the cluster has {gpus:g}; {remedy}"
     )

@@ -20,13 +20,13 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
-from cluster.engine_actor import EngineActor
-from cluster.placement import ClusterSpec, Limits, Placement
-from engines.types import Completion, EngineSpec, EngineStats, Outcome, Request, RequestFailed, Work
+from cluster.placement import Limits
+from engines.types import Completion, EngineStats, Outcome, Request, RequestFailed, Work
 
 Journal = Callable[[dict[str, Any]], None]
 """Writes one event down durably before it returns."""
 
+_DEATHS_TO_BLAME = 2
 CALL_ROWS = 64
 """Rows in one actor call: fewer cost Ray overhead, more wait for each other (measured on two cores)."""
 _PING_S = 5.0
@@ -43,6 +43,7 @@ class _Ticket:
     work: Work
     channel: Channel
     wire_id: str = ""
+    deaths_alone: int = 0
 
     @property
     def sequences(self) -> int:
@@ -159,13 +160,11 @@ class Pool:
     @asynccontextmanager
     async def asleep(self) -> AsyncIterator[None]:
         """Once nothing is in flight, engines give their accelerator back; rows wait until they are awake again."""
-        await asyncio.gather(*(_as_future(lane.actor.sleep.remote()) for lane in self._lanes if lane.state != "lost"))
+        await asyncio.gather(*(as_future(lane.actor.sleep.remote()) for lane in self._lanes if lane.state != "lost"))
         try:
             yield
         finally:
-            await asyncio.gather(
-                *(_as_future(lane.actor.wake.remote()) for lane in self._lanes if lane.state != "lost")
-            )
+            await asyncio.gather(*(as_future(lane.actor.wake.remote()) for lane in self._lanes if lane.state != "lost"))
 
     async def stats(self) -> list[EngineStats]:
         return list(await asyncio.gather(*(lane.actor.stats.remote() for lane in self._lanes if lane.state == "ready")))
@@ -298,14 +297,17 @@ class Pool:
 
     def _on_death(self, lane: _Lane, tickets: list[_Ticket], alone: bool, *, blame: bool) -> None:
         """Every call that was in flight comes here. Without `blame` (a node was lost or preempted, or the call never
-        started) the rows run again as they were; with it they run again in halves, and one by itself is quarantined."""
+        started) the rows run again as they were; with it they run again in halves, and one that was by itself twice is
+        quarantined: once may be a kill that only happened to fall there."""
         left = [ticket for ticket in tickets if lane.in_flight.pop(ticket.wire_id, None) is not None]
         lane.sequences -= sum(ticket.sequences for ticket in left)
         left = [ticket for ticket in left if ticket.channel.open]
         self._write_down(lane, left, alone, blame)
         if blame and alone and len(left) == 1:
+            left[0].deaths_alone += 1
+        if left and left[0].deaths_alone == _DEATHS_TO_BLAME:
             self.counts.poisoned += 1
-            message = f"{lane.name} died while this row was alone in flight"
+            message = f"{_DEATHS_TO_BLAME} engines died while this row was alone in flight, the last was {lane.name}"
             left[0].channel.deliver(RequestFailed(left[0].work.id, "poison", message))
         elif blame or alone:
             parts = 2 if blame and len(left) > 1 else 1
@@ -341,7 +343,7 @@ class Pool:
         deadline = time.monotonic() + self._limits.start_s
         while time.monotonic() < deadline:
             try:
-                await asyncio.wait_for(_as_future(lane.actor.stats.remote()), self._limits.start_s)
+                await asyncio.wait_for(as_future(lane.actor.stats.remote()), self._limits.start_s)
             except ActorDiedError:
                 break
             except (RayActorError, TimeoutError):
@@ -360,42 +362,16 @@ class Pool:
         while True:
             await asyncio.sleep(_PING_S)
             with suppress(TimeoutError, RayActorError):
-                await asyncio.wait_for(_as_future(lane.actor.stats.remote()), self._limits.stall_s)
+                await asyncio.wait_for(as_future(lane.actor.stats.remote()), self._limits.stall_s)
                 heard = time.monotonic()
             if time.monotonic() - heard > self._limits.stall_s:
                 ray.kill(lane.actor, no_restart=False)
 
 
-async def _as_future(reference: Any) -> Any:
+async def as_future(reference: Any) -> Any:
+    """What a Ray reference stands for, as a coroutine, which `asyncio.wait_for` and `gather` take."""
     return await reference
 
 
 def _rendezvous(affinity: str, lane: str) -> bytes:
     return hashlib.blake2b(f"{affinity}\0{lane}".encode(), digest_size=8).digest()
-
-
-async def start_engines(spec: EngineSpec, cluster: ClusterSpec, placement: Placement) -> list[Any]:
-    """Starts the engine actors one after another (together they can exhaust a node's memory) and waits for each.
-
-    Raises `EnginesLost` where one does not start.
-    """
-    remote = ray.remote(
-        num_cpus=cluster.engine_cpus, num_gpus=placement.gpus_per_engine, max_restarts=-1, max_task_retries=0,
-        max_concurrency=1000, concurrency_groups={"control": 8},
-    )(EngineActor)  # fmt: skip
-    actors: list[Any] = []
-    for number in range(cluster.num_engines):
-        actors.append(remote.remote(spec, cluster.limits))
-        try:
-            await asyncio.wait_for(_as_future(actors[-1].stats.remote()), cluster.limits.start_s)
-        except (RayActorError, TimeoutError) as error:
-            stop_engines(actors)
-            reason = str(error).strip().splitlines()[-1:] or [f"no answer within {cluster.limits.start_s:g} s"]
-            raise EnginesLost(f"engine {number} did not start: {reason[0].strip()}") from error
-    return actors
-
-
-def stop_engines(actors: Sequence[Any]) -> None:
-    """Ends the engines' processes; a Ray that others use goes on."""
-    for actor in actors:
-        ray.kill(actor)

@@ -78,6 +78,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def check_whole(folder: Path) -> None:
+    """Raises `ModelError` where a weight file is missing or cut off, as an interrupted download leaves them."""
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    for name in sorted({*named, *(path.name for path in folder.glob("*.safetensors"))}):
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{path}: missing, though {index.name} names it; fetch the model again")
+        ends = [entry["data_offsets"][1] for key, entry in _read_header(path).items() if key != "__metadata__"]
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if path.stat().st_size < 8 + header_bytes + max(ends, default=0):
+            raise ModelError(f"{path}: is cut off; fetch the model again")
+
+
 def context_length(folder: Path) -> int:
     """The most tokens that the model's positions allow."""
     config = read_config(folder)

@@ -70,13 +70,13 @@ class SimulatedEngine:
     async def _answer(self, request: Request | ScoreRequest, ids: Sequence[int], answer: Outcome) -> Outcome:
         self._in_flight += 1
         try:
-            self._misbehave(ids)
-            if self._spec.faults.hang_after and self._answers >= self._spec.faults.hang_after:
-                await asyncio.Event().wait()
+            if self._spec.faults.poison and _holds(ids, self._spec.faults.poison):
+                os._exit(1)
             tokens = max((len(s.token_ids) for s in answer.samples), default=1) if isinstance(answer, Completion) else 1
             if self._spec.tokens_per_s:
                 async with self._slots:
                     await asyncio.sleep(tokens / self._spec.tokens_per_s)
+            await self._misbehave()
         finally:
             self._in_flight -= 1
         self._answers += 1
@@ -86,13 +86,13 @@ class SimulatedEngine:
             return RequestFailed(request.id, "refused", "refused as ordered")
         return answer
 
-    def _misbehave(self, ids: Sequence[int]) -> None:
-        faults = self._spec.faults
-        if faults.poison and _holds(ids, faults.poison):
-            os._exit(1)
-        if self._mortal and self._answers >= faults.die_after:
+    async def _misbehave(self) -> None:
+        """Dies or hangs once as many rows as ordered have been answered."""
+        if self._mortal and self._answers >= self._spec.faults.die_after:
             _write_down_death(self._spec)
             os._exit(1)
+        if self._spec.faults.hang_after and self._answers >= self._spec.faults.hang_after:
+            await asyncio.Event().wait()
 
     async def abort(self, ids: Sequence[str]) -> None: ...
 

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cluster.placement import PlacementError, place
-from engines.models import ModelError, model_digest, read_config, resolve_model
+from engines.models import ModelError, check_whole, model_digest, read_config, resolve_model
 from engines.tokenizer import load_tokenizer
 from engines.types import EngineSpec
 from selfguide.config import Recipe
@@ -64,12 +64,13 @@ async def run(
     A second call with the same task and recipe goes on where the first one ended. `force` names stages to make anew.
     Raises `UserError` for what the caller can mend, `TaskFailed` where the task itself comes to no end.
     """
+    check_stage_names(force)
+    store = RunStore(Path(out))
     if session is None:
         async with open_session(recipe, progress) as own:
             return await run(task, recipe, out, force=force, progress=progress, session=own)
-    task_run = session.task_run(task, RunStore(Path(out)), progress)
+    task_run = session.task_run(task, store, progress)
     check_run(task_run)
-    check_stage_names(force)
     for stage in force:
         task_run.store.retire(stage)
     from cluster.pool import EnginesLost
@@ -80,11 +81,18 @@ async def run(
         raise TaskFailed(f"{task.name}: {error}; the same command goes on from here") from error
 
 
+def idle_run(task: Task, recipe: Recipe, student: Student, store: RunStore) -> TaskRun:
+    """For planning, and for reading what is done: there is no engine and no trainer behind it."""
+    nobody = cast(Any, None)
+    return TaskRun(task, recipe, student, nobody, nobody, store.task(task.name))
+
+
 @asynccontextmanager
 async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, counts: None) -> AsyncIterator[Session]:
     """Connects to Ray, starts the engines, and takes everything down again."""
     student = await asyncio.to_thread(load_student, recipe)
-    from cluster.pool import EnginesLost, Pool, start_engines, stop_engines
+    from cluster.fleet import start_engines, stop_engines
+    from cluster.pool import EnginesLost, Pool
     from cluster.session import ray_session
     from cluster.trainers import Trainers
 
@@ -121,6 +129,7 @@ def load_student(recipe: Recipe) -> Student:
     try:
         folder = _random_model() if model.path == "random" else resolve_model(model.path, model.revision)
         read_config(folder)
+        check_whole(folder)
         longest = longest_context(recipe.engine, folder)
         tokenizer = load_tokenizer(str(folder))
     except (ModelError, OSError, ValueError) as error:

@@ -8,40 +8,41 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from selfguide import cli_checks
+from selfguide.cli_options import (
+    AsJson,
+    Changes,
+    LabelsSource,
+    ModelPath,
+    OutFolder,
+    RecipeName,
+    TaskFile,
+    TaskKind,
+    recipe_settings,
+)
 from selfguide.errors import TaskFailed, UserError
 
 app = typer.Typer(
-    name="selfguide", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="selfguide", invoke_without_command=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="A language model writes, filters and learns from its own training data (SELF-GUIDE, arXiv 2407.12874).",
-    epilog="First steps: selfguide run TASK.json --recipe smoke (a random student, a minute on a CPU), then --model.",
+    epilog="Without a verb, selfguide says what to do next here.",
 )  # fmt: skip
 
-TaskFile = Annotated[
-    Path, typer.Argument(help="Task file: NI-V2 JSON, or your own JSON or YAML with instruction and examples.")
-]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A shipped recipe (see `selfguide recipes`) or a YAML file.")
-]
-ModelPath = Annotated[str, typer.Option("--model", "-m", help="The student: a model folder, a hub name, or `random`.")]
-OutFolder = Annotated[
-    Path, typer.Option("--out", "-o", help="Run folder. The same command again goes on where it ended.")
-]
-Changes = Annotated[
-    list[str], typer.Option("--set", "-s", help="Change the recipe: --set synthesis.lag=10 (repeatable).")
-]
-TaskKind = Annotated[
-    Literal["classification", "generation"] | None,
-    typer.Option("--kind", help="What the tasks are, whatever their files say."),
-]
-LabelsSource = Annotated[
-    Literal["examples", "task", "instances"] | None,
-    typer.Option("--labels-from", help="Where labels come from; instances are the test answers, which is reported."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+app.add_typer(cli_checks.app)
+
+
+@app.callback()
+def begin(context: typer.Context) -> None:
+    """Without a verb: the help, and what to do next here."""
+    if context.invoked_subcommand is None:
+        from selfguide.nextstep import next_step
+        from selfguide.text import printable
+
+        typer.echo("\n".join([context.get_help(), "", *map(printable, next_step(Path.cwd()))]))
 
 
 @app.command()
@@ -54,6 +55,7 @@ def run(
     force: Annotated[
         list[str], typer.Option("--force", help="Make a stage anew: synthesis, curation, finetuning, evaluation.")
     ] = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     kind: TaskKind = None,
     labels_from: LabelsSource = None,
     as_json: AsJson = False,
@@ -61,16 +63,28 @@ def run(
     """Take one task from its instruction to a finetuned adapter and an honest comparison."""
     import asyncio
 
-    from selfguide import api
-    from selfguide.progress import ProgressView
-    from selfguide.recipefile import load_recipe, parse_change
+    from selfguide.recipefile import load_recipe
     from selfguide.tasks import load_task
 
-    settings = dict(map(parse_change, changes)) | ({"model.path": model} if model else {})
-    loaded = load_recipe(recipe, settings)
+    loaded = load_recipe(recipe, recipe_settings(changes, model))
     loaded_task = load_task(task, kind=kind, labels_from=labels_from)
-    with ProgressView() as progress:
-        asyncio.run(api.run(loaded_task, loaded, out, force=force, progress=progress))
+    if dry_run:
+        from selfguide.estimate import document, plan_run, show_plans
+
+        plans = plan_run(loaded_task, loaded, out, force)
+        typer.echo(json.dumps(document(plans, out), indent=1)) if as_json else show_plans(plans, out)
+        return
+    from selfguide import api
+    from selfguide.progress import ProgressView
+    from selfguide.store import RunStore
+
+    RunStore(out).note_command(sys.argv[1:])
+    try:
+        with ProgressView() as progress:
+            asyncio.run(api.run(loaded_task, loaded, out, force=force, progress=progress))
+    except KeyboardInterrupt:
+        print("selfguide: stopped; the same command goes on from here", file=sys.stderr)
+        raise
     _write_report(out, as_json=as_json)
 
 
@@ -191,6 +205,3 @@ def main() -> None:
     except TaskFailed as error:
         print(f"selfguide: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("selfguide: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)

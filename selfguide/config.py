@@ -101,7 +101,7 @@ class Synthesis(Section):
     sampling: Sampling = Sampling(temperature=1.0, top_k=40, max_tokens=500)
     """One completion for each prompt."""
     max_failed_share: float = Field(default=0.1, ge=0, le=1)
-    """The task ends when more than this share of rows (and more than 10) failed in the engines."""
+    """The task ends when more than this share of rows (and more than 10) failed."""
 
 
 class Annotation(Section):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.transforms import transform
 from selfguide.config import Filters
 from selfguide.errors import TaskFailed
 from selfguide.filters import Context
@@ -31,8 +32,6 @@ async def curate(run: TaskRun, candidates: Artifact) -> Artifact:
     stage = curation_stage(run, candidates)
     async with run.lock(stage):
         if not (kept := stage.done):
-            from cluster.transforms import transform
-
             with stage.writing():
                 path = stage.work / "rows.parquet"
                 job = CurationJob(candidates.rows_path, path, run.filters, run.context("output"))
@@ -50,8 +49,6 @@ def curation_stage(run: TaskRun, candidates: Artifact) -> Stage:
 
 async def warm_filters() -> None:
     """Starts Ray Data and loads the filters in its workers: seconds that cost nothing while engines start."""
-    from cluster.transforms import transform
-
     await transform(_load_filters, [None])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -9,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from engines.types import Completion, Outcome, Request, RequestFailed, Sampling, ScoreRequest
+from engines.types import AdapterRef, Canary, Completion, Outcome, Request, RequestFailed, Sampling, ScoreRequest
 from selfguide import metrics
 from selfguide.config import Sampling as SamplingConfig
 from selfguide.errors import TaskFailed
@@ -69,7 +70,7 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
     config: dict[str, Any] = {
         "sampling": chosen(protocol.sampling), "num_gold": protocol.num_gold, "num_samples": protocol.num_samples,
         "protocol": run.recipe.evaluation.protocol, "constrain": run.recipe.evaluation.constrain_labels,
-        "labels_from": run.task.labels_from, "engine": run.recipe.engine.kind, "dtype": run.recipe.model.dtype,
+        "labels_from": run.task.labels_from, "engine": run.recipe.engine.kind,
     }  # fmt: skip
     if run.recipe.evaluation.protocol == "official":
         config["instances"] = run.recipe.evaluation.num_instances
@@ -234,28 +235,29 @@ async def _prove(run: TaskRun, adapter: Adapter) -> dict[str, Any]:
 
     Raises `TaskFailed` where the engine does not serve what was trained. Differences: mean absolute, nats a token.
     """
-    tuned = await _logprobs(run, adapter, adapter.ref)
-    base = await _logprobs(run, adapter, None)
+    tuned = await canary_logprobs(run, adapter.canaries, adapter.ref)
+    base = await canary_logprobs(run, adapter.canaries, None)
     trained = [lp for canary in adapter.canaries for lp in canary.tuned_logprobs]
     before = [lp for canary in adapter.canaries for lp in canary.base_logprobs]
     missed, moved, noise = (_mean_difference(*pair) for pair in ((tuned, trained), (trained, before), (base, before)))
     proof = {"engine_difference": missed, "training_difference": moved, "noise": noise, "adapter": adapter.ref.digest}
     simulated = run.recipe.engine.kind == "simulated"
-    if simulated or moved <= noise:
+    if simulated or moved <= max(noise, adapter.least_change or 0.0):
         return proof | {"status": "simulated" if simulated else "indistinguishable from base"}
     if not missed <= MOST_OF_TRAINING * moved:  # neither is NaN
         raise TaskFailed(
             f"{run.task.name}: the engine does not serve the trained adapter: its log-probabilities differ from the "
             f"trainer's by {missed:.3g} nats a token, training changed them by {moved:.3g}"
         )
-    return proof | {"status": "proven"}
+    return proof | {"status": "proven" if adapter.least_change is None else "differs from base"}
 
 
-async def _logprobs(run: TaskRun, adapter: Adapter, ref: Any) -> list[float]:
-    side = "tuned" if ref else "base"
+async def canary_logprobs(run: TaskRun, canaries: Sequence[Canary], ref: AdapterRef | None) -> list[float]:
+    """The engine's log-probability of each token of each completion; raises `TaskFailed` where it refuses."""
+    side = ref.digest[:12] if ref else "base"
     requests = [
-        ScoreRequest(f"{adapter.ref.digest[:12]}/{side}/{i}", canary.prefix_ids, canary.completion_ids, ref)
-        for i, canary in enumerate(adapter.canaries)
+        ScoreRequest(f"canary/{side}/{i}", canary.prefix_ids, canary.completion_ids, ref)
+        for i, canary in enumerate(canaries)
     ]
     scores: dict[str, tuple[float, ...]] = {}
     async for outcome in run.pool.score(requests, run.task.name):

@@ -32,6 +32,9 @@ class Adapter:
     ref: AdapterRef
     canaries: tuple[Canary, ...]
     artifact: Artifact
+    least_change: float | None = None
+    """Of an adapter from elsewhere, whose canaries hold an engine's word, not a trainer's: nats a token below which it
+    counts as no change."""
 
 
 async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
@@ -57,7 +60,7 @@ async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
 
 def finetuning_stage(run: TaskRun, kept: Artifact) -> Stage:
     config = {"finetuning": chosen(run.recipe.finetuning), "demonstrations": run.recipe.evaluation.demonstrations}
-    return run.store.stage("finetuning", run.made_by(VERSION, dtype=run.recipe.model.dtype, **config), [kept])
+    return run.store.stage("finetuning", run.made_by(VERSION, **config), [kept])
 
 
 def _training_rows(run: TaskRun, kept: Artifact) -> list[dict[str, Any]]:

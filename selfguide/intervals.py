@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,18 @@ def paired_bootstrap(ours: Artifact, theirs: Artifact, resamples: int, seed: int
                 [a[metric] - b[metric] for a, b in zip(mine, other, strict=True)], resamples, seed
             )
     return found
+
+
+def bootstrap_tasks(values: Sequence[Sequence[float]], resamples: int, seed: int) -> Difference:
+    """The mean of the tasks' means, in points, each task counting the same; rows are resampled within their task."""
+    rng, total, mean = np.random.default_rng(seed), np.zeros(resamples), 0.0
+    for one in values:
+        array: Any = np.asarray(one)
+        total += array[rng.integers(0, len(array), (resamples, len(array)))].mean(axis=1) / len(values)
+        mean += float(array.mean()) / len(values)
+    low, high = np.percentile(total, [2.5, 97.5])
+    mean, low, high = (round(100 * float(value), 2) for value in (mean, low, high))
+    return Difference(mean, low, high, sum(map(len, values)))
 
 
 def bootstrap(values: list[float], resamples: int, seed: int) -> Difference:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import threading
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfguide.errors import UserError
+from selfguide.nextstep import COMMAND_FILE
 from selfguide.records import Ledger
 
 FORMAT = 1
@@ -81,6 +83,11 @@ class RunStore:
             raise UserError(
                 f"{self.root}: cannot be used as a run folder ({error}); choose another with --out"
             ) from error
+
+    def note_command(self, arguments: Sequence[str]) -> None:
+        """Leaves a note for people, and for `selfguide` without a verb: how to go on here."""
+        line = shlex.join(["selfguide", *arguments])
+        write_whole(self.root / COMMAND_FILE, f"{line}\n".encode(errors="replace"))
 
     def task(self, name: str) -> TaskStore:
         return TaskStore(self.root / "tasks" / _folder_name(name))

@@ -92,7 +92,13 @@ class TaskRun:
 
     def made_by(self, version: int, **config: Any) -> dict[str, Any]:
         """What every stage that speaks to the student depends on, beside its own config."""
-        common = {"task": self.task.digest, "model": self.student.digest, "prompts": VERSION, "chat": self.student.chat}
+        common = {
+            "task": self.task.digest,
+            "model": self.student.digest,
+            "prompts": VERSION,
+            "chat": self.student.chat,
+            "dtype": self.recipe.model.dtype,
+        }
         return {**common, "seed": self.recipe.seed, "context": self.student.max_model_len, "version": version, **config}
 
     def row_id(self, stage: Stage, row: int) -> str:

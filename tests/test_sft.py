@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.kill_drill import descendants
 from cluster.trainers import Trainers, TrainingFailed
 from engines.adapters import check_adapter, check_weights
 from engines.models import model_digest, weights_digest
@@ -65,6 +66,11 @@ def rows(random_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def make_work(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+def trainers() -> list[int]:
+    """Trainers that this process has started, through Ray."""
+    return [pid for pid, command in descendants(os.getpid()).items() if command.startswith("ray::_train")]
 
 
 def steps_of(work: Path) -> list[int]:
@@ -195,16 +201,15 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(
 
 
 async def test_a_killed_trainer_ends_with_the_same_adapter(
-    ray_cluster: dict[str, float], in_process: Run, spec: TrainSpec, rows: Path, tmp_path: Path,
-    descendants: Callable[[int], dict[int, str]],
-) -> None:  # fmt: skip
+    ray_cluster: dict[str, float], in_process: Run, spec: TrainSpec, rows: Path, tmp_path: Path
+) -> None:
     long = replace(spec, epochs=25)
     work, heard = make_work(tmp_path / "killed"), []
     job = asyncio.create_task(Trainers(1, 0).train(long, rows, work, lambda step: heard.append(step["step"])))
     while not list(work.glob("checkpoint-*/trainer_state.json")):
         assert not job.done()
         await asyncio.sleep(0.01)
-    [trainer] = [pid for pid, command in descendants(os.getpid()).items() if command.startswith("ray::_train")]
+    [trainer] = trainers()
     os.kill(trainer, signal.SIGKILL)
     killed = await job
     undisturbed = in_process(train, long, rows, make_work(tmp_path / "undisturbed"))
@@ -216,12 +221,8 @@ async def test_a_killed_trainer_ends_with_the_same_adapter(
 
 
 async def test_a_cancelled_job_leaves_no_process(
-    ray_cluster: dict[str, float], spec: TrainSpec, rows: Path, tmp_path: Path,
-    descendants: Callable[[int], dict[int, str]],
-) -> None:  # fmt: skip
-    def trainers() -> list[str]:
-        return [command for command in descendants(os.getpid()).values() if command.startswith("ray::_train")]
-
+    ray_cluster: dict[str, float], spec: TrainSpec, rows: Path, tmp_path: Path
+) -> None:
     work = make_work(tmp_path / "work")
     job = asyncio.create_task(Trainers(1, 0).train(replace(spec, epochs=10_000), rows, work))
     while not (work / PROGRESS_FILE).exists():

@@ -1,4 +1,4 @@
-"""A handful of rows through every stage but training, on real engines: what is sent, what comes back, what is made of it.
+"""A handful of rows on real engines, through all stages but training: what is sent, what comes back, and the verdicts.
 
 The rows are the first ones of a run with the same recipe: same prompts, same seeds. Nothing of it is kept.
 """
@@ -20,10 +20,20 @@ if TYPE_CHECKING:
     from selfguide.taskrun import Progress, TaskRun
     from selfguide.tasks import Task
 
-__all__ = ["preview", "show_preview"]
+__all__ = ["preview_in", "preview_task", "show_preview"]
 
 
-async def preview(task: Task, session: Session, num_rows: int, progress: Progress) -> dict[str, Any]:
+async def preview_task(
+    task: Task, recipe: Recipe, num_rows: int, progress: Progress = lambda task, stage, counts: None
+) -> dict[str, Any]:
+    """Starts engines, looks, and stops them; the result is that of `preview_in`."""
+    from selfguide.api import open_session
+
+    async with open_session(recipe, progress) as session:
+        return await preview_in(session, task, num_rows)
+
+
+async def preview_in(session: Session, task: Task, num_rows: int) -> dict[str, Any]:
     """A document with everything, plain JSON values; its texts are as they came, nothing is escaped."""
     from selfguide.api import check_run
     from selfguide.preview.tap import Tap
@@ -32,7 +42,7 @@ async def preview(task: Task, session: Session, num_rows: int, progress: Progres
 
     tap = Tap(session.pool)
     with tempfile.TemporaryDirectory(prefix="selfguide-preview-") as folder:
-        whole = session.task_run(task, RunStore(Path(folder)), progress)
+        whole = session.task_run(task, RunStore(Path(folder)), lambda task, stage, counts: None)
         check_run(whole)
         run = replace(whole, recipe=_first_rows(whole.recipe, num_rows), pool=cast(Any, tap))
         candidates = (await synthesize(run)).rows()

@@ -32,12 +32,11 @@ def quote(text: str, style: str = "") -> Iterator[Text]:
 
 def _lines(document: dict[str, Any]) -> Iterator[Text]:
     labels = f", labels {', '.join(document['labels'])}" if document["labels"] else ""
-    prompts = "chat template" if document["chat"] else "plain text"
+    prompts = "the chat template" if document["chat"] else "plain text"
     yield _line(f"{document['task']}: {document['kind']}{labels}", _HEAD)
-    yield _line(
-        f"Student {document['student']}, prompts by {prompts}, context {document['context']:,} tokens. These are the "
-        f"first {len(document['rows'])} rows of a run by recipe {document['recipe']}; its set filters see these rows alone."
-    )
+    yield _line(f"student {document['student']}, prompts in {prompts}, context {document['context']:,} tokens")
+    rows = f"the first {len(document['rows'])} rows of a run by recipe {document['recipe']}"
+    yield _line(f"{rows}; set filters see these rows alone")
     seen: dict[str, str] = {}
     for row in document["rows"]:
         yield from _row(row, seen)
@@ -54,10 +53,10 @@ def _prompt(prompt: dict[str, Any] | None, name: str, place: str, seen: dict[str
     """The fixed part is shown once; `seen` says where."""
     if prompt is None:
         return
-    yield _line(f"{name}, fixed part, {prompt['fixed_tokens']:,} tokens" + _as_before(prompt, place, seen))
+    yield _line(f"{name}, fixed part, {_tokens(prompt['fixed_tokens'])}{_as_before(prompt, place, seen)}")
     if seen.setdefault(prompt["fixed"], place) == place:
         yield from quote(prompt["fixed"], _QUIET)
-    yield _line(f"{name}, varying part, {prompt['varying_tokens']:,} tokens")
+    yield _line(f"{name}, varying part, {_tokens(prompt['varying_tokens'])}")
     yield from quote(prompt["varying"])
 
 
@@ -76,7 +75,7 @@ def _row(row: dict[str, Any], seen: dict[str, str]) -> Iterator[Text]:
         yield from _answer(row["input_raw"])
         yield _line("parsed as the input")
         yield from quote(row["input"])
-    yield _verdict("input", row["verdict"])
+    yield _verdict("row" if row["verdict"]["state"] == "failed" else "input", row["verdict"])
     yield from _prompt(row["output_prompt"], "annotation prompt", place, seen)
     for number, sample in enumerate(row["samples"]):
         yield from _sample(number, sample)
@@ -87,24 +86,28 @@ def _row(row: dict[str, Any], seen: dict[str, str]) -> Iterator[Text]:
         yield _verdict("pair", pair)
 
 
-def _answer(raw: dict[str, Any]) -> Iterator[Text]:
-    yield _line(f"came back, {raw['tokens']} tokens, {raw['finish_reason']}")
+def _answer(raw: dict[str, Any], what: str = "came back") -> Iterator[Text]:
+    yield _line(f"{what}, {_tokens(raw['tokens'])}, finish_reason {raw['finish_reason']}")
     yield from quote(raw["text"])
 
 
 def _sample(number: int, sample: dict[str, Any]) -> Iterator[Text]:
-    yield _line(f"sample {number} came back, {sample['tokens']} tokens, {sample['finish_reason']}")
-    yield from quote(sample.get("raw", sample["text"]))
+    yield from _answer({**sample, "text": sample.get("raw", sample["text"])}, f"sample {number} came back")
     if "raw" in sample and sample["raw"] != sample["text"]:
         yield _line("parsed as")
         yield from quote(sample["text"])
     yield _verdict(f"sample {number}", sample | {"state": "rejected" if sample["filter"] else "accepted"})
 
 
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
+
+
 def _verdict(what: str, verdict: dict[str, Any]) -> Text:
     if verdict["filter"] is None:
         return Text(f"{what} {verdict['state']}", _GOOD)
-    return _line(f"{what} {verdict['state']} by {verdict['filter']}: {verdict['reason']}", _BAD)
+    by = "by" if verdict["state"] == "rejected" else "with"
+    return _line(f"{what} {verdict['state']} {by} {verdict['filter']}: {verdict['reason']}", _BAD)
 
 
 def _later(document: dict[str, Any], seen: dict[str, str]) -> Iterator[Text]:
@@ -123,9 +126,9 @@ def _training(training: dict[str, Any]) -> Iterator[Text]:
     if "left_out" in training:
         yield _line(f"left out by {training['left_out']}", _BAD)
         return
-    yield _line(f"prompt, {training['prompt_tokens']:,} tokens, without loss")
+    yield _line(f"prompt, {_tokens(training['prompt_tokens'])}, without loss")
     yield from quote(training["prompt"], _QUIET)
-    yield _line(f"answer, {training['loss_tokens']:,} tokens, which bear the loss")
+    yield _line(f"answer, {_tokens(training['loss_tokens'])}, with loss")
     yield from quote(training["loss"], _LOSS)
 
 

@@ -1,0 +1,38 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+TaskFile = Annotated[
+    Path, typer.Argument(help="Task file: NI-V2 JSON, or your own JSON or YAML with instruction and examples.")
+]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe (see `selfguide recipes`) or a YAML file.")
+]
+ModelPath = Annotated[str, typer.Option("--model", "-m", help="The student: a model folder, a hub name, or `random`.")]
+OutFolder = Annotated[
+    Path, typer.Option("--out", "-o", help="Run folder. The same command again goes on where it ended.")
+]
+Changes = Annotated[
+    list[str], typer.Option("--set", "-s", help="Change the recipe: --set synthesis.lag=10 (repeatable).")
+]
+TaskKind = Annotated[
+    Literal["classification", "generation"] | None,
+    typer.Option("--kind", help="What the tasks are, whatever their files say."),
+]
+LabelsSource = Annotated[
+    Literal["examples", "task", "instances"] | None,
+    typer.Option("--labels-from", help="Where labels come from; instances are the test answers, which is reported."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def recipe_settings(changes: list[str], model: str) -> dict[str, Any]:
+    """The changes to a recipe that `--set` and `--model` ask for."""
+    from selfguide.recipefile import parse_change
+
+    return dict(map(parse_change, changes)) | ({"model.path": model} if model else {})
