@@ -151,7 +151,8 @@ def drill(command: Sequence[str], kills: Sequence[Kill], folder: Path, seed: int
     dead: list[Process] = []
     for number, lap in enumerate(laps(kills)):
         run = folder / f"lap-{number}"
-        dead += run_lap(command, lap, run, lambda kill: draw.uniform(0, seconds[kill.stage]), counts)
+        # Early moments are likelier: what is left of a stage after a resume is shorter.
+        dead += run_lap(command, lap, run, lambda kill: draw.triangular(0, seconds[kill.stage], 0), counts)
         compare(run, undisturbed, counts)
         say(f"lap {number}: {counts.lost} lost, {counts.doubled} doubled, {counts.changed} changed, {counts.agreement}")
     counts.left_behind = bury_all(dead)

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import ray
 
@@ -22,43 +23,32 @@ _FLUSH_S = 0.05
 
 
 class Gate:
-    """Many may be inside together, or one alone; whoever wants to be alone is not starved."""
+    """Rows of one kind may be inside together, or one call alone. First come, first served, so nobody starves."""
 
     def __init__(self) -> None:
+        self._door = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._inside = 0
-        self._alone = False
-        self._want_alone = 0
+        self._kind: str | None = None
+
+    def shared(self, kind: str = "") -> AbstractAsyncContextManager[None]:
+        return self._enter(kind)
+
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        return self._enter(None)
 
     @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._alone and not self._want_alone)
+    async def _enter(self, kind: str | None) -> AsyncIterator[None]:
+        async with self._door, self._changed:
+            await self._changed.wait_for(lambda: not self._inside or (kind is not None and kind == self._kind))
             self._inside += 1
+            self._kind = kind
         try:
             yield
         finally:
-            await self._leave()
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        async with self._changed:
-            self._want_alone += 1
-            try:
-                await self._changed.wait_for(lambda: not self._inside)
-            finally:
-                self._want_alone -= 1
-            self._inside, self._alone = 1, True
-        try:
-            yield
-        finally:
-            self._alone = False
-            await self._leave()
-
-    async def _leave(self) -> None:
-        async with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
+            async with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
 
 class EngineActor:
@@ -73,21 +63,34 @@ class EngineActor:
     async def run(self, batch: Sequence[Work], *, alone: bool = False) -> AsyncIterator[list[Outcome]]:
         """Outcomes of a batch as they finish. `alone`: with no other row in flight on this engine."""
         try:
-            async with self._gate.alone() if alone else self._gate.shared():
-                if alone:
-                    yield []  # "started": without this word the client blames nobody for a death
-                    await asyncio.sleep(_FLUSH_S)
-                if alone or not self._missing(batch):
-                    async for outcomes in self._answer(batch, await self._load(batch)):
-                        yield outcomes
-                    return
-            # Nothing may be in flight now: vLLM has mixed up adapters that were loaded during decoding.
-            async with self._gate.alone():
-                async for outcomes in self._answer(batch, await self._load(batch)):
+            for kind, part in self._kinds(batch):
+                async for outcomes in self._run_kind(kind, part, alone):
                     yield outcomes
         except EngineDead as error:
             print(f"engine is dead: {error}", file=sys.stderr, flush=True)
             os._exit(1)
+
+    def _kinds(self, batch: Sequence[Work]) -> list[tuple[str, Sequence[Work]]]:
+        """The batch, split where the engine must not have rows with and without an adapter in one step."""
+        if self._engine.mixes_adapters:
+            return [("", batch)]
+        base = [item for item in batch if item.adapter is None]
+        adapted = [item for item in batch if item.adapter is not None]
+        return [(kind, part) for kind, part in (("base", base), ("adapted", adapted)) if part]
+
+    async def _run_kind(self, kind: str, batch: Sequence[Work], alone: bool) -> AsyncIterator[list[Outcome]]:
+        async with self._gate.alone() if alone else self._gate.shared(kind):
+            if alone:
+                yield []  # "started": without this word the client blames nobody for a death
+                await asyncio.sleep(_FLUSH_S)
+            if alone or not self._missing(batch):
+                async for outcomes in self._answer(batch, await self._load(batch)):
+                    yield outcomes
+                return
+        # Nothing may be in flight now: vLLM has mixed up adapters that were loaded during decoding.
+        async with self._gate.alone():
+            async for outcomes in self._answer(batch, await self._load(batch)):
+                yield outcomes
 
     def _missing(self, batch: Sequence[Work]) -> set[AdapterRef | None]:
         return {ref for ref in {item.adapter for item in batch} if not self._engine.serves(ref)}
@@ -129,8 +132,7 @@ class EngineActor:
     @ray.method(concurrency_group="control")
     async def pids(self) -> list[int]:
         """This process and its children, the engine's core among them."""
-        children = [int(pid) for pid in _children(os.getpid())]
-        return [os.getpid(), *children]
+        return [os.getpid(), *_children()]
 
     async def sleep(self) -> None:
         """Waits until nothing is in flight, keeps everything out until `wake`, and gives the accelerator back."""
@@ -157,9 +159,10 @@ def build_engine(spec: EngineSpec) -> Engine:
     return VllmEngine(spec)
 
 
-def _children(pid: int) -> list[str]:
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        return file.read().split()
+def _children() -> list[int]:
+    """Linux lists them by the thread that started them, and Ray runs an actor in a thread of its own."""
+    found = [path.read_text(encoding="ascii").split() for path in Path("/proc/self/task").glob("*/children")]
+    return [int(pid) for pids in found for pid in pids]
 
 
 def _watch(engine: Engine, limits: Limits) -> None:

@@ -48,6 +48,10 @@ class SimulatedEngine:
         self._in_flight = 0
         self._mortal = spec.faults.die_after > 0 and _deaths_so_far(spec) < spec.faults.deaths
 
+    @property
+    def mixes_adapters(self) -> bool:
+        return True
+
     def serves(self, ref: AdapterRef | None) -> bool:
         return self._full == ref if ref is None or ref.kind == "full" else ref.digest in self._adapters
 

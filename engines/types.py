@@ -179,6 +179,11 @@ class Engine(Protocol):
 
     def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]: ...
 
+    @property
+    def mixes_adapters(self) -> bool:
+        """Whether rows with and without an adapter may be in one step."""
+        ...
+
     def serves(self, ref: AdapterRef | None) -> bool:
         """Whether requests with this adapter (None: the untuned student) can be sent now."""
         ...

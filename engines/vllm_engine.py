@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -60,9 +61,18 @@ class VllmEngine:
             _engine_args(spec, self._folder), stat_loggers=[lambda *_: _progress_logger(self._progress)]
         )
         self._loras: dict[str, Any] = {}
+        self._lora_ids = itertools.count(1)
         self._full: AdapterRef | None = None
         self._counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "in_flight": 0}
         self._start_s = time.monotonic() - began
+
+    @property
+    def mixes_adapters(self) -> bool:
+        """The CPU build's LoRA kernels take slot -1, "no adapter", for the last slot: once all slots are full, rows of
+        the untuned student that share a step with an adapter's rows are answered by the adapter in that slot."""
+        from vllm.platforms import current_platform
+
+        return not current_platform.is_cpu()
 
     def serves(self, ref: AdapterRef | None) -> bool:
         """Whether requests with this adapter can be sent now; if not, `load_adapter` while nothing is in flight."""
@@ -83,7 +93,7 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         # Ids rise from 1 and are never used again: vLLM serves the old weights for a known id, silently.
-        lora = LoRARequest(lora_name=ref.digest, lora_int_id=len(self._loras) + 1, lora_path=ref.url)
+        lora = LoRARequest(lora_name=ref.digest, lora_int_id=next(self._lora_ids), lora_path=ref.url)
         try:
             await self._llm.add_lora(lora)
         except Exception as error:  # what the core raises comes without its type

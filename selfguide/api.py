@@ -58,18 +58,20 @@ async def run(
     force: Sequence[str] = (),
     progress: Progress = lambda task, stage, counts: None,
     session: Session | None = None,
+    command: Sequence[str] = (),
 ) -> Comparison:
     """Takes `task` from its instruction to a finetuned adapter and a comparison, in the run folder `out`.
 
-    A second call with the same task and recipe goes on where the first one ended. `force` names stages to make anew.
+    A second call with the same task and recipe goes on where the first one ended. `force` names stages to make anew,
+    `command` is left in the folder as a note on how to go on.
     Raises `UserError` for what the caller can mend, `TaskFailed` where the task itself comes to no end.
     """
     check_stage_names(force)
-    store = RunStore(Path(out))
+    RunStore(Path(out), create=False)
     if session is None:
         async with open_session(recipe, progress) as own:
-            return await run(task, recipe, out, force=force, progress=progress, session=own)
-    task_run = session.task_run(task, store, progress)
+            return await run(task, recipe, out, force=force, progress=progress, session=own, command=command)
+    task_run = session.task_run(task, RunStore(Path(out), command=command), progress)
     check_run(task_run)
     for stage in force:
         task_run.store.retire(stage)

@@ -22,6 +22,7 @@ from selfguide.cli_options import (
     RecipeName,
     TaskFile,
     TaskKind,
+    goes_on,
     recipe_settings,
 )
 from selfguide.errors import TaskFailed, UserError
@@ -76,15 +77,9 @@ def run(
         return
     from selfguide import api
     from selfguide.progress import ProgressView
-    from selfguide.store import RunStore
 
-    RunStore(out).note_command(sys.argv[1:])
-    try:
-        with ProgressView() as progress:
-            asyncio.run(api.run(loaded_task, loaded, out, force=force, progress=progress))
-    except KeyboardInterrupt:
-        print("selfguide: stopped; the same command goes on from here", file=sys.stderr)
-        raise
+    with goes_on(), ProgressView() as progress:
+        asyncio.run(api.run(loaded_task, loaded, out, force=force, progress=progress, command=sys.argv[1:]))
     _write_report(out, as_json=as_json)
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selfguide.cli_options import AsJson, Changes, LabelsSource, ModelPath, OutFolder, RecipeName, TaskFile, TaskKind
-from selfguide.cli_options import recipe_settings as _settings
+from selfguide.cli_options import (
+    AsJson,
+    Changes,
+    LabelsSource,
+    ModelPath,
+    OutFolder,
+    RecipeName,
+    TaskFile,
+    TaskKind,
+    goes_on,
+    recipe_settings,
+)
 
 app = typer.Typer()
 
@@ -28,7 +39,7 @@ def doctor(
     from selfguide.doctor import examine, show_findings
     from selfguide.recipefile import load_recipe
 
-    findings = examine(load_recipe(recipe, _settings(changes, model)), out)
+    findings = examine(load_recipe(recipe, recipe_settings(changes, model)), out)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in findings], indent=1))
     else:
@@ -56,7 +67,7 @@ def preview(
     from selfguide.recipefile import load_recipe
     from selfguide.tasks import load_task
 
-    loaded = load_recipe(recipe, _settings(changes, model))
+    loaded = load_recipe(recipe, recipe_settings(changes, model))
     loaded_task = load_task(task, kind=kind, labels_from=labels_from)
     with ProgressView() as progress:
         document = asyncio.run(preview_task(loaded_task, loaded, rows, progress))
@@ -88,10 +99,11 @@ def evaluate(
     from selfguide.scorecard import evaluate_tasks, show_scorecard
     from selfguide.tasks import find_tasks, load_task
 
-    loaded = load_recipe(recipe, _settings(changes, model))
+    loaded = load_recipe(recipe, recipe_settings(changes, model))
     tasks = [load_task(path, kind=kind, labels_from=labels_from) for path in find_tasks(paths)]
-    with ProgressView() as progress:
-        document = asyncio.run(evaluate_tasks(tasks, loaded, out, adapter, progress=progress))
+    with goes_on(), ProgressView() as progress:
+        scoring = evaluate_tasks(tasks, loaded, out, adapter, progress=progress, command=sys.argv[1:])
+        document = asyncio.run(scoring)
     if as_json:
         typer.echo(json.dumps(document, indent=1))
     else:

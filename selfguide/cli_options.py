@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +32,16 @@ LabelsSource = Annotated[
     typer.Option("--labels-from", help="Where labels come from; instances are the test answers, which is reported."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """For verbs that resume: whoever stops one is told so, once the progress is off the screen."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("selfguide: stopped; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def recipe_settings(changes: list[str], model: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ _AT_WORK_S = 60.0
 
 def next_step(here: Path) -> list[str]:
     """What to say below the help: a line about the state of things, and the command."""
-    runs = sorted((path.parent for path in here.glob("runs/*/run.json")), key=_last_change)
+    begun = (path.parent for path in here.glob("runs/*/run.json") if (path.parent / "tasks").is_dir())
+    runs = sorted(begun, key=_last_change)
     if not runs:
         example = Path(__file__).parent / "examples" / "sentiment.json"
         return ["Nothing has been run here yet. Every stage on a tiny random model, a minute on a CPU:",

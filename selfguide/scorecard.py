@@ -41,11 +41,13 @@ async def evaluate_tasks(
     *,
     progress: Progress = lambda task, stage, counts: None,
     session: Session | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores by the recipe's evaluation section, in points with 95% intervals, in the run folder `out`.
 
     With `adapter`, a folder in PEFT's layout, also the adapter's scores and the paired differences. A second call goes
-    on where the first one ended. Raises `UserError` for what the caller can mend, before anything starts.
+    on where the first one ended; `command` is left in the folder as a note on how. Raises `UserError` for what the
+    caller can mend, before anything starts.
     """
     RunStore(Path(out), create=False)
     if not any(task.instances for task in tasks):
@@ -54,7 +56,7 @@ async def evaluate_tasks(
     recipe = _serving(recipe, file)
     student = await asyncio.to_thread(load_student, recipe)
     ref = await asyncio.to_thread(check_adapter_file, file, student) if file else None
-    store = RunStore(Path(out))
+    store = RunStore(Path(out), command=command)
     idle = [idle_run(task, recipe, student, store) for task in tasks]
     if all(_is_done(run, ref) for run in idle):
         lines = [await _score_task(run, ref) for run in idle]

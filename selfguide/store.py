@@ -58,9 +58,13 @@ class Artifact:
 class RunStore:
     """A run folder. Raises `UserError` where it is not one, or one of a newer selfguide."""
 
-    def __init__(self, root: Path, *, create: bool = True) -> None:
+    def __init__(self, root: Path, *, create: bool = True, command: Sequence[str] = ()) -> None:
+        """`command`, the arguments of `selfguide`, is noted for people, and for `selfguide` without a verb."""
         self.root = root
         self._check_format(create)
+        if create and command:
+            line = shlex.join(["selfguide", *command])
+            write_whole(root / COMMAND_FILE, f"{line}\n".encode(errors="replace"))
 
     def _check_format(self, create: bool) -> None:
         path = self.root / "run.json"
@@ -83,11 +87,6 @@ class RunStore:
             raise UserError(
                 f"{self.root}: cannot be used as a run folder ({error}); choose another with --out"
             ) from error
-
-    def note_command(self, arguments: Sequence[str]) -> None:
-        """Leaves a note for people, and for `selfguide` without a verb: how to go on here."""
-        line = shlex.join(["selfguide", *arguments])
-        write_whole(self.root / COMMAND_FILE, f"{line}\n".encode(errors="replace"))
 
     def task(self, name: str) -> TaskStore:
         return TaskStore(self.root / "tasks" / _folder_name(name))

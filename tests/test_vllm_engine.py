@@ -211,3 +211,11 @@ async def test_leaving_a_channel_stops_what_it_was_waiting_for(vllm_session: Ses
     while (await pool.stats())[0].in_flight:
         await asyncio.sleep(0.05)
     assert (await pool.stats())[0].output_tokens - before < 2 * most
+
+
+async def test_an_actor_names_its_processes(vllm_session: Session) -> None:
+    """Its own first, and the core's, wherever in the process it was started."""
+    actor, *others = await vllm_session.pool._lanes[0].actor.pids.remote()
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in (actor, *others)}
+    assert commands[actor].startswith("ray::EngineActor")
+    assert [command for pid, command in commands.items() if pid != actor and command.startswith("VLLM::EngineCore")]

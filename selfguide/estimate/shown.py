@@ -52,7 +52,8 @@ def show_plans(plans: Sequence[Plan], out: Path) -> None:
 
 
 def _cells(plan: Plan) -> list[str]:
-    status = f"{plan.status}, {plan.rows_done:,} rows committed" if plan.status == "unfinished" else plan.status
+    committed = plan.status == "unfinished" and plan.rows_done
+    status = f"{plan.status}, {plan.rows_done:,} rows committed" if committed else plan.status
     rows = f"{plan.rows_done:,}" if plan.status == "done" else _amount(plan.rows, plan.most_rows)
     tokens_in = _amount(plan.tokens_in, plan.most_tokens_in)
     tokens_out = _amount(plan.tokens_out, plan.most_tokens_out)

@@ -35,8 +35,9 @@ def _lines(document: dict[str, Any]) -> Iterator[Text]:
     prompts = "the chat template" if document["chat"] else "plain text"
     yield _line(f"{document['task']}: {document['kind']}{labels}", _HEAD)
     yield _line(f"student {document['student']}, prompts in {prompts}, context {document['context']:,} tokens")
-    rows = f"the first {len(document['rows'])} rows of a run by recipe {document['recipe']}"
-    yield _line(f"{rows}; set filters see these rows alone")
+    count = len(document["rows"])
+    rows = f"the first {count} rows" if count > 1 else "the first row"
+    yield _line(f"{rows} of a run by recipe {document['recipe']}; set filters see nothing else")
     seen: dict[str, str] = {}
     for row in document["rows"]:
         yield from _row(row, seen)
