@@ -67,12 +67,13 @@ async def test_an_adapter_on_vllm_and_one_that_changes_nothing(
     vllm_session: Session, smoke_recipe: Recipe, tasks: list[Task], tmp_path: Path, write_lora: WriteLora,
     no_engines: None, random_student: Path,
 ) -> None:  # fmt: skip
-    """Scores are those of the rows on disk; an adapter whose B is zero is the base, and is said to be."""
+    """Scores are those of the rows on disk; an adapter that does next to nothing is the base, and is said to be."""
     import torch
 
     loud = write_lora(tmp_path / "loud")
-    zero = {name: torch.zeros(shape) for name, shape in _shapes(tmp_path / "loud").items() if ".lora_B." in name}
-    write_lora(tmp_path / "mute", tensors=zero)
+    # Not zero: what rounding makes of it is more than nothing, and still no change.
+    faint = {name: torch.full(shape, 1e-6) for name, shape in _shapes(tmp_path / "loud").items() if ".lora_B." in name}
+    write_lora(tmp_path / "mute", tensors=faint)
     document = await evaluate_tasks(tasks, smoke_recipe, tmp_path / "out", tmp_path / "loud", session=vllm_session)
     assert document["adapter"] == {"folder": "loud", "rank": 4, "digest": loud.digest}
     for line, task in zip(document["tasks"], tasks, strict=True):
@@ -83,6 +84,7 @@ async def test_an_adapter_on_vllm_and_one_that_changes_nothing(
         assert line["n"] == len(stored) == line["difference"]["rouge_l"]["n"] == 12
     mute = await evaluate_tasks(tasks[:1], smoke_recipe, tmp_path / "out", tmp_path / "mute", session=vllm_session)
     assert mute["tasks"][0]["proof"]["status"] == "indistinguishable from base"
+    assert 0 < mute["tasks"][0]["proof"]["training_difference"] < LEAST_CHANGE
     assert mute["tasks"][0]["difference"]["exact_match"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 12}
     # The same command again needs no engine, and says the same.
     again = await evaluate_tasks(tasks, smoke_recipe, tmp_path / "out", tmp_path / "loud")
@@ -121,6 +123,21 @@ async def test_base_alone_shares_the_stage_of_a_run_and_goes_on(
     out = capsys.readouterr().out
     assert "sentiment   exact match  12" in out
     assert "time_first  ROUGE-L      12" in out
+
+
+async def test_differences_are_the_adapters_gain(
+    open_simulated: OpenSimulated, simulated_recipe: Recipe, tasks: list[Task], tmp_path: Path, write_lora: WriteLora
+) -> None:
+    """Simulated answers depend on the adapter's digest, so the two sides differ."""
+    write_lora(tmp_path / "lora")
+    async with open_simulated() as session:
+        document = await evaluate_tasks(tasks, simulated_recipe, tmp_path / "out", tmp_path / "lora", session=session)
+    line, mean = document["tasks"][0], document["overall"][0]
+    gain = line["scores"]["adapter"]["exact_match"]["mean"] - line["scores"]["base"]["exact_match"]["mean"]
+    assert abs(gain) > 1
+    assert line["difference"]["exact_match"]["mean"] == pytest.approx(gain, abs=0.011)
+    assert mean["difference"]["mean"] == pytest.approx(gain, abs=0.011)
+    assert line["proof"]["status"] == "simulated"
 
 
 async def test_tasks_without_rows_with_failed_rows_and_with_leaking_labels_are_said(

@@ -212,17 +212,19 @@ async def test_suspicion_is_written_down_before_rows_run_again(open_pool: OpenPo
 
 
 async def test_suspects_of_an_earlier_process_run_alone(open_pool: OpenPool) -> None:
-    """So the culprit is found without bisecting: the two deaths that it takes to blame a row."""
-    rows = [*make_rows(6), Request("bad", POISON, Sampling())]
-    async with open_pool(faults=Faults(poison=POISON)) as (pool, _):
-        async with pool.channel(suspects={"bad", "row-1", "row-2"}) as channel:
-            channel.send(rows)
-            answers: list[Outcome] = []
-            while len(answers) < len(rows):
-                answers += await channel.receive()
-        assert pool.counts.deaths == 2
+    """One by one, so that the culprit is found without bisecting."""
+    rows, written = [*make_rows(6), Request("bad", POISON, Sampling())], []
+    async with (
+        open_pool(faults=Faults(poison=POISON)) as (pool, _),
+        pool.channel("", written.append, suspects={"bad", "row-1", "row-2"}) as channel,
+    ):
+        channel.send(rows)
+        answers: list[Outcome] = []
+        while len(answers) < len(rows):
+            answers += await channel.receive()
     assert failed({one.id: one for one in answers}) == {"bad": "poison"}
     assert len(answers) == 7
+    assert {tuple(event["rows"]) for event in written if event["alone"] and event["blame"]} == {("bad",)}
 
 
 @pytest.mark.parametrize("how", ["stuck engine", "frozen process"])

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from engines.random_model import make_random_model
+from engines.tokenizer import load_tokenizer
 from selfguide import cli
 from selfguide.api import Session
 from selfguide.preview import preview_in, show_preview
 from selfguide.preview.shown import quote
+from selfguide.prompts import Prompts
 from selfguide.store import RunStore
 from selfguide.synthesis import synthesize
 from selfguide.tasks import Example, Task, load_task
@@ -62,6 +64,15 @@ async def test_prompts_are_cut_where_they_begin_to_vary(open_simulated: OpenSimu
     later = document["later_prompt"]
     assert later["demonstrations"] == sum(bool(one["samples"]) for one in document["rows"])
     assert f"Input: {first['input']}\n\n" in later["varying"]
+
+
+def test_of_fixed_parts_that_begin_alike_the_longest_counts(task: Task, random_student: Path) -> None:
+    """A prompt with fewer demonstrations begins as one with more of them does."""
+    tokenizer = load_tokenizer(str(random_student))
+    prompts = Prompts(task, tokenizer, 8192, chat=False)
+    shown = [prompts.answer("x", 8, count) for count in (0, 1, 3)]
+    assert [len(one.ids) - prompts.num_fixed(one.ids) for one in shown] == [len(tokenizer.encode(" x\nOutput:"))] * 3
+    assert prompts.num_fixed(tokenizer.encode("something else")) == 0
 
 
 async def test_the_training_row_marks_what_bears_loss(open_simulated: OpenSimulated, task: Task) -> None:
