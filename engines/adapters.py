@@ -27,11 +27,11 @@ def check_adapter(ref: AdapterRef, base: Path, max_rank: int) -> None:
     folder = Path(ref.url)
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     with _reading(config):
-        _check_config(folder, json.loads(config.read_text(encoding="utf-8")), max_rank)
+        ranks = _check_config(folder, json.loads(config.read_text(encoding="utf-8")), max_rank)
     with _reading(weights):
         if not weights.is_file():
             raise BadAdapter(f"{weights}: no such file")
-        _check_shapes(folder, base)
+        _check_shapes(folder, base, ranks)
         _check_finite(weights)
 
 
@@ -58,11 +58,12 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except BadAdapter:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise BadAdapter(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
 
 
-def _check_config(folder: Path, config: dict[str, Any], max_rank: int) -> None:
+def _check_config(folder: Path, config: dict[str, Any], max_rank: int) -> set[int]:
+    """The ranks that its matrices may have."""
     if config.get("peft_type") != "LORA":
         raise BadAdapter(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
     for field in ("use_dora", "modules_to_save", "trainable_token_indices"):
@@ -70,12 +71,13 @@ def _check_config(folder: Path, config: dict[str, Any], max_rank: int) -> None:
             raise BadAdapter(f"{folder}: {field} is not served by vLLM; train plain LoRA weights")
     if config.get("bias", "none") != "none":
         raise BadAdapter(f"{folder}: bias {config['bias']!r} is not served by vLLM; train with bias: none")
-    rank = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values()])
-    if rank > max_rank:
-        raise BadAdapter(f"{folder}: rank {rank} is above the engine's max_lora_rank {max_rank}")
+    ranks = {config.get("r", 0), *(config.get("rank_pattern") or {}).values()}
+    if max(ranks) > max_rank:
+        raise BadAdapter(f"{folder}: rank {max(ranks)} is above the engine's max_lora_rank {max_rank}")
+    return ranks
 
 
-def _check_shapes(folder: Path, base: Path) -> None:
+def _check_shapes(folder: Path, base: Path, ranks: set[int]) -> None:
     model = tensor_shapes(base)
     for name, shape in tensor_shapes(folder).items():
         module, _, side = name.removeprefix(_PREFIX).partition(".lora_")
@@ -89,6 +91,8 @@ def _check_shapes(folder: Path, base: Path) -> None:
         fits = shape[-1] == weight[1] if side.startswith("A") else shape[0] == weight[0]
         if len(shape) != 2 or not fits:
             raise BadAdapter(f"{folder}: {name} has shape {shape}, the model's weight has {weight}")
+        if (shape[0] if side.startswith("A") else shape[1]) not in ranks:  # vLLM would scale it by a rank it has not
+            raise BadAdapter(f"{folder}: {name} has shape {shape}, its config says rank {max(ranks)}; save it again")
 
 
 def _check_finite(path: Path) -> None:

@@ -65,24 +65,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a causal language model with safetensors weights; raises `ModelError` otherwise."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder}: no config.json; this is not a model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); fetch the model again") from error
+        raise ModelError(f"{folder}: no config.json; this is not a model folder, name one that holds it")
+    config = _read_json(path)
     architectures = config.get("architectures") or []
-    if not any(name.endswith("ForCausalLM") for name in architectures):
-        raise ModelError(f"{path}: architectures {architectures} is no causal language model (…ForCausalLM)")
+    if not isinstance(architectures, list) or not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise ModelError(
+            f"{path}: architectures {architectures} is no causal language model (…ForCausalLM); take another"
+        )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: no *.safetensors; pickled weights are not loaded, convert them to safetensors")
-    return dict(config)
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); fetch the model again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds no mapping; fetch the model again")
+    return content
 
 
 def check_whole(folder: Path) -> None:
     """Raises `ModelError` where a weight file is missing or cut off, as an interrupted download leaves them."""
     index = folder / "model.safetensors.index.json"
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
-    for name in sorted({*named, *(path.name for path in folder.glob("*.safetensors"))}):
+    weight_map = _read_json(index).get("weight_map") if index.is_file() else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: its weight_map names no files; fetch the model again")
+    for name in sorted({*weight_map.values(), *(path.name for path in folder.glob("*.safetensors"))}):
         path = folder / name
         if not path.is_file():
             raise ModelError(f"{path}: missing, though {index.name} names it; fetch the model again")
@@ -97,7 +108,7 @@ def context_length(folder: Path) -> int:
     """The most tokens that the model's positions allow."""
     config = read_config(folder)
     length = config.get("max_position_embeddings")
-    if not isinstance(length, int) or length < 1:
+    if type(length) is not int or length < 1:  # `true` is an int too
         raise ModelError(
             f"{folder / 'config.json'}: no max_position_embeddings; set engine.max_model_len in the recipe"
         )
@@ -161,4 +172,21 @@ def _read_header(path: Path) -> dict[str, Any]:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size < path.stat().st_size:
             raise ModelError(f"{path}: is cut off or no safetensors file; fetch or train it again")
-        return dict(json.loads(file.read(size)))
+        try:
+            header = json.loads(file.read(size))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: its header cannot be read ({error}); fetch or train it again") from error
+    entries = (
+        [entry for name, entry in header.items() if name != "__metadata__"] if isinstance(header, dict) else [None]
+    )
+    if not all(map(_is_tensor, entries)):
+        raise ModelError(f"{path}: its header is no list of tensors; fetch or train it again")
+    return dict(header)
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether the entry of a header has a shape, and the two places in the file between which the values are."""
+    shape, places = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(shape, list) or not isinstance(places, list) or len(places) != 2:
+        return False
+    return all(type(one) is int for one in (*shape, *places))

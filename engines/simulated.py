@@ -17,6 +17,8 @@ from pathlib import Path
 from engines.streams import as_finished
 from engines.types import (
     AdapterRef,
+    ChoiceRequest,
+    ChoiceScores,
     Completion,
     EngineSpec,
     EngineStats,
@@ -26,6 +28,7 @@ from engines.types import (
     Sample,
     Score,
     ScoreRequest,
+    Work,
 )
 
 _WORDS = (
@@ -66,12 +69,11 @@ class SimulatedEngine:
         async for outcomes in as_finished([self._answer(r, r.prompt_ids, _sample_all(r)) for r in requests]):
             yield outcomes
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]:
-        answers = [self._answer(r, [*r.prefix_ids, *r.completion_ids], Score(r.id, _logprobs(r))) for r in requests]
-        async for outcomes in as_finished(answers):
+    async def score(self, requests: Sequence[ScoreRequest | ChoiceRequest]) -> AsyncIterator[list[Outcome]]:
+        async for outcomes in as_finished([self._answer(r, *_scored(r)) for r in requests]):
             yield outcomes
 
-    async def _answer(self, request: Request | ScoreRequest, ids: Sequence[int], answer: Outcome) -> Outcome:
+    async def _answer(self, request: Work, ids: Sequence[int], answer: Outcome) -> Outcome:
         self._in_flight += 1
         try:
             if self._spec.faults.poison and _holds(ids, self._spec.faults.poison):
@@ -131,6 +133,20 @@ def _sample(request: Request, prompt: str, adapter: str, k: int) -> Sample:
         text = " ".join(draw.choices(_WORDS, k=draw.randint(3, 12)))
         reason = "length" if draw.random() < 0.02 else "stop"
     return Sample(text, tuple(range(len(text.split()))), reason, -draw.random() * 10 if sampling.logprobs else None)
+
+
+def _scored(request: ScoreRequest | ChoiceRequest) -> tuple[Sequence[int], Outcome]:
+    """The tokens that are read, and the answer."""
+    if isinstance(request, ScoreRequest):
+        return [*request.prefix_ids, *request.completion_ids], Score(request.id, _logprobs(request))
+    return request.prefix_ids, ChoiceScores(request.id, _choice_logprobs(request))
+
+
+def _choice_logprobs(request: ChoiceRequest) -> tuple[float, ...]:
+    """Of each choice by itself: the order of the choices changes nothing."""
+    adapter = request.adapter.digest if request.adapter else ""
+    prefix = list(request.prefix_ids)
+    return tuple(-10 * _draw(prefix, list(ids), adapter).random() for ids in request.choices)
 
 
 def _logprobs(request: ScoreRequest) -> tuple[float, ...]:

@@ -7,19 +7,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from engines.models import ModelError
+
 
 class Tokenizer:
     """A model's fast tokenizer, without special tokens added behind the caller's back.
 
-    Loaded by `transformers.AutoTokenizer`; remote code is never run.
+    Loaded by `transformers.AutoTokenizer`; remote code is never run. Raises `ModelError` for files that are none.
     """
 
     def __init__(self, model: str, revision: str | None = None) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        except Exception as error:  # broken files end in whatever the library's parsers raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelError(f"{model}: the tokenizer cannot be loaded ({reason}); fetch the model again") from error
         if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"{model}: the tokenizer names no end-of-sequence token")
+            raise ModelError(f"{model}: the tokenizer names no end-of-sequence token; take another model")
         self.eos_id: int = self._tokenizer.eos_token_id
         self.eos_text: str = self._tokenizer.eos_token
         # Not `all_special_tokens`, which knows only those that have a role: a chat template's own may have none.
@@ -41,6 +47,21 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, specials: bool = False) -> str:
         """Text of the tokens; with `specials` also of those that are no text, such as the end of a turn."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=not specials))
+
+    def check_chat_template(self) -> None:
+        """Raises `ModelError` where the template fails, or leaves out what user or assistant say."""
+        said = ["⟪asked⟫", "⟪answered⟫", "⟪asked again⟫"]
+        roles = ("user", "assistant", "user")
+        try:
+            text = self.render_chat(
+                [{"role": role, "content": one} for role, one in zip(roles, said, strict=True)], answer=True
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelError(f"the chat template fails ({reason}); set model.prompts: plain") from error
+        places = [text.find(one) for one in said]
+        if -1 in places or places != sorted(places):
+            raise ModelError("the chat template leaves messages out; set model.prompts: plain")
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, answer: bool) -> str:
         """The conversation by the tokenizer's own template; `answer` opens the assistant's next turn."""

@@ -92,6 +92,33 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceRequest:
+    """Asks how likely each of `choices` (token ids, none empty) is to follow `prefix_ids`."""
+
+    id: str
+    prefix_ids: Sequence[int]
+    choices: Sequence[Sequence[int]]
+    adapter: AdapterRef | None = None
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the first tokens tell the choices apart, so that one forward pass of the prefix is enough."""
+        return len({ids[0] for ids in self.choices}) == len(self.choices) <= MAX_ONE_PASS
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceScores:
+    """One natural-log probability per choice: of its first token where one pass was enough, else of all its tokens.
+
+    Not normalised over the choices.
+    """
+
+    id: str
+    logprobs: tuple[float, ...]
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFailed:
     """The row failed, not the engine. `error` is a class of failure, `message` says what happened to this row.
 
@@ -108,8 +135,11 @@ class EngineDead(Exception):
     """The engine can never answer again. Its process must exit; its rows run elsewhere."""
 
 
-Work = Request | ScoreRequest
-Outcome = Completion | Score | RequestFailed
+Work = Request | ScoreRequest | ChoiceRequest
+Outcome = Completion | Score | ChoiceScores | RequestFailed
+
+MAX_ONE_PASS = 128
+"""Tokens whose log-probabilities vLLM gives for one position (its `MAX_LOGPROB_TOKEN_IDS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +207,7 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[Outcome]]: ...
 
-    def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]: ...
+    def score(self, requests: Sequence[ScoreRequest | ChoiceRequest]) -> AsyncIterator[list[Outcome]]: ...
 
     @property
     def mixes_adapters(self) -> bool:

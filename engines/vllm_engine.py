@@ -21,6 +21,8 @@ from engines.models import context_length, linear_modules, resolve_model
 from engines.streams import as_finished
 from engines.types import (
     AdapterRef,
+    ChoiceRequest,
+    ChoiceScores,
     Completion,
     EngineDead,
     EngineSpec,
@@ -32,6 +34,7 @@ from engines.types import (
     Sampling,
     Score,
     ScoreRequest,
+    Work,
 )
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -117,11 +120,12 @@ class VllmEngine:
         async for outcomes in as_finished([self._guard(r, self._sample(r)) for r in requests]):
             yield outcomes
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> AsyncIterator[list[Outcome]]:
-        async for outcomes in as_finished([self._guard(r, self._score(r)) for r in requests]):
+    async def score(self, requests: Sequence[ScoreRequest | ChoiceRequest]) -> AsyncIterator[list[Outcome]]:
+        work = [self._score(r) if isinstance(r, ScoreRequest) else self._weigh(r) for r in requests]
+        async for outcomes in as_finished([self._guard(r, one) for r, one in zip(requests, work, strict=True)]):
             yield outcomes
 
-    async def _guard(self, request: Request | ScoreRequest, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    async def _guard(self, request: Work, work: Coroutine[Any, Any, Outcome]) -> Outcome:
         """One row's own failure is its outcome; the engine's death is raised."""
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -168,6 +172,30 @@ class VllmEngine:
         if logprobs is None:
             return RequestFailed(request.id, "refused", "vLLM returned no log-probabilities for the completion")
         return Score(request.id, tuple(_finite(value) or 0.0 for value in logprobs))
+
+    async def _weigh(self, request: ChoiceRequest) -> Outcome:
+        if not request.prefix_ids or not request.choices or not all(request.choices):
+            return RequestFailed(request.id, "refused", "nothing to weigh: prefix and choices need a token each")
+        if not request.one_pass:
+            return await self._weigh_whole(request)
+        first = [ids[0] for ids in request.choices]
+        output = await self._run(request.id, request.prefix_ids, _first_token_params(first), request.adapter)
+        found = (output.outputs[0].logprobs or [{}])[0]
+        if missing := [token for token in first if token not in found]:
+            return RequestFailed(request.id, "refused", f"vLLM returned no log-probabilities for tokens {missing}")
+        logprobs = tuple(_finite(float(found[token].logprob)) or 0.0 for token in first)
+        return ChoiceScores(request.id, logprobs, output.num_cached_tokens or 0)
+
+    async def _weigh_whole(self, request: ChoiceRequest) -> Outcome:
+        """Choices that begin alike, one after another, so that all but the first find their prefix cached."""
+        logprobs = []
+        for number, ids in enumerate(request.choices):
+            part = ScoreRequest(f"{request.id}/{number}", request.prefix_ids, ids, request.adapter)
+            outcome = await self._score(part)
+            if not isinstance(outcome, Score):
+                return dataclasses.replace(outcome, id=request.id)
+            logprobs.append(math.fsum(outcome.token_logprobs))
+        return ChoiceScores(request.id, tuple(logprobs))
 
     async def _run(self, request_id: str, ids: Sequence[int], params: Any, adapter: AdapterRef | None) -> Any:
         lora = self._loras[adapter.digest] if adapter is not None and adapter.kind == "lora" else None
@@ -266,6 +294,15 @@ def _sampling_params(sampling: Sampling) -> Any:
         logprobs=0 if sampling.logprobs else None, output_kind=RequestOutputKind.FINAL_ONLY,
         structured_outputs=StructuredOutputsParams(choice=list(sampling.choices)) if sampling.choices else None,
     )  # fmt: skip
+
+
+def _first_token_params(tokens: Sequence[int]) -> Any:
+    """One token is decoded and thrown away: what counts are the log-probabilities of `tokens` in its place."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(tokens), detokenize=False,
+                          output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
 
 
 def _completion_logprobs(output: Any, completion_ids: Sequence[int]) -> list[float] | None:

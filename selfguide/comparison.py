@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from selfguide.environment import environment
-from selfguide.evaluation import AUTHORS_METRICS
-from selfguide.intervals import METRICS, bootstrap
+from selfguide.intervals import AUTHORS_METRICS, METRICS, bootstrap
 from selfguide.records import Ledger
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from selfguide.records import ACCEPTED, Ledger
 from selfguide.store import Artifact, Stage
 from selfguide.taskrun import TaskRun, chosen
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class CurationJob:
     kept: Path
     filters: Filters
     context: Context
+    calibrated: bool = False
 
 
 async def curate(run: TaskRun, candidates: Artifact) -> Artifact:
@@ -34,7 +35,7 @@ async def curate(run: TaskRun, candidates: Artifact) -> Artifact:
         if not (kept := stage.done):
             with stage.writing():
                 path = stage.work / "rows.parquet"
-                job = CurationJob(candidates.rows_path, path, run.filters, run.context("output"))
+                job = CurationJob(candidates.rows_path, path, run.filters, run.context("output"), run.is_calibrated)
                 [ledger] = await transform(judge_file, [job])
                 ledger.reconcile(candidates.marker["ledger"]["accepted"])
                 kept = stage.finish(path, None, ledger)
@@ -57,13 +58,14 @@ def _load_filters(_: None) -> None:
 
 
 def judge_file(job: CurationJob) -> Ledger:
-    """Reads synthesis rows; writes row, input, label, output, votes, share, tokens, state, filter, reason."""
+    """Reads synthesis rows; writes row, input, label, output, votes, share, margin, tokens, state, filter, reason."""
     import polars as pl
 
     from selfguide.filters.chain import SAMPLES, PairJudge, judge_set
 
     rows = pl.read_parquet(job.rows).filter(pl.col("state") == ACCEPTED)
-    pairs = PairJudge(job.filters, job.context).judge(rows.cast({"samples": SAMPLES}))
+    judge, rows = PairJudge(job.filters, job.context), rows.cast({"samples": SAMPLES})
+    pairs = judge.judge_calibrated(rows) if job.calibrated else judge.judge(rows)
     judged = judge_set(pairs, job.filters.sets, job.context).rename({"text": "output"})
     judged.write_parquet(job.kept)
     return Ledger.of(judged.select("state", "filter", "reason").iter_rows(named=True))

@@ -6,18 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from engines.types import AdapterRef, Canary, Completion, Outcome, Request, RequestFailed, Sampling, ScoreRequest
+from engines.types import (
+    AdapterRef,
+    Canary,
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Outcome,
+    Request,
+    RequestFailed,
+    Sampling,
+    Score,
+    ScoreRequest,
+    Work,
+)
 from selfguide import metrics
+from selfguide.calibration import calibrate, likeliest
 from selfguide.config import Sampling as SamplingConfig
 from selfguide.errors import TaskFailed
 from selfguide.finetuning import Adapter
-from selfguide.intervals import METRICS
+from selfguide.intervals import AUTHORS_METRICS, METRICS
 from selfguide.prompts import TooLong
-from selfguide.records import ACCEPTED, FAILED, Ledger
+from selfguide.records import ACCEPTED, FAILED, Ledger, spent
 from selfguide.store import SHARD_ROWS, TOKEN_COUNTS, Artifact, Stage
 from selfguide.synthesis import SAMPLE
 from selfguide.taskrun import TaskRun, chosen
@@ -28,9 +42,8 @@ SCHEMA = pa.schema([
     ("prediction", pa.string()), ("references", pa.list_(pa.string())), ("exact_match", pa.float64()),
     ("rouge_l", pa.float64()), ("authors_em", pa.float64()), ("authors_rouge_char", pa.float64()),
     ("prompt_tokens", pa.int32()), ("demonstrations", pa.int32()), ("samples", pa.list_(SAMPLE)),
+    ("label_logprobs", pa.list_(pa.float64())),
 ])  # fmt: skip
-AUTHORS_METRICS = ("authors_em", "authors_rouge_char")
-"""Computed under the protocol "authors" alone: the first for classification, the second for generation."""
 MOST_OF_TRAINING = 0.3
 """An engine's log-probabilities may miss the trainer's by this share of what training changed (docs/concepts.md)."""
 
@@ -46,6 +59,8 @@ class Protocol:
     filtered: bool = False
     """Take the first sample that the annotation filters let pass, likeliest first (the authors' control)."""
     adapter: Adapter | None = None
+    labels: Literal["likeliest", "calibrated"] | None = None
+    """Nothing is sampled: the label of highest log-probability in one pass, as it is, or standardised over all rows."""
 
     @property
     def needs_logprobs(self) -> bool:
@@ -80,6 +95,8 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
         config["num_gold"] = len(run.task.examples)
     if protocol.filtered:
         config["filters"] = {"samples": chosen(run.filters)["samples"], "keep_best": run.recipe.annotation.keep_best}
+    if protocol.labels:
+        config["labels"] = protocol.labels
     inputs = []
     if protocol.adapter:
         config["adapter"] = protocol.adapter.ref.digest
@@ -113,33 +130,43 @@ class _Evaluation:
         self._commit()
         return self._finish(proof)
 
-    def _request(self, row: int) -> list[tuple[Request, int]]:
+    def _request(self, row: int) -> list[tuple[Work, int]]:
         """Nothing to send for a row that cannot fit: it is a miss, and says so."""
-        protocol, config = self._protocol, self._protocol.sampling
+        protocol, prompts = self._protocol, self._run.prompts
+        room = max(protocol.sampling.max_tokens, prompts.label_room if protocol.labels else 0)
         try:
-            prompt = self._run.prompts.answer(self._instances[row].input, config.max_tokens, protocol.num_gold)
+            prompt = prompts.answer(self._instances[row].input, room, protocol.num_gold)
         except TooLong as error:
             self._store(row, state=FAILED, filter="prompt_too_long", reason=str(error))
             return []
+        self._rows[row] = {"prompt_tokens": len(prompt.ids), "demonstrations": prompt.num_gold}
+        self._tokens["prompt_tokens"] += len(prompt.ids)
+        adapter, name = protocol.adapter.ref if protocol.adapter else None, self._run.row_id(self._stage, row)
+        if protocol.labels:
+            return [(ChoiceRequest(name, prompt.ids, prompts.label_ids, adapter), row)]
+        return [(Request(name, prompt.ids, self._sampling(row), adapter), row)]
+
+    def _sampling(self, row: int) -> Sampling:
+        protocol, config = self._protocol, self._protocol.sampling
         constrain = self._run.recipe.evaluation.constrain_labels and self._run.is_classification
-        sampling = Sampling(
+        return Sampling(
             n=protocol.num_samples, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
             max_tokens=config.max_tokens, stop=(*config.stop, *self._run.prompts.stops),
             seed=self._run.row_seed("evaluation", row), logprobs=protocol.needs_logprobs,
             choices=self._run.task.labels if constrain else (),
         )  # fmt: skip
-        self._rows[row] = {"prompt_tokens": len(prompt.ids), "demonstrations": prompt.num_gold}
-        self._tokens["prompt_tokens"] += len(prompt.ids)
-        adapter = protocol.adapter.ref if protocol.adapter else None
-        return [(Request(self._run.row_id(self._stage, row), prompt.ids, sampling, adapter), row)]
 
     def _take(self, row: int, outcome: Outcome) -> None:
         if isinstance(outcome, RequestFailed):
             self._store(row, state=FAILED, filter=outcome.error, reason=outcome.message)
             return
+        for name, count in spent(outcome).items():
+            self._tokens[name] += count
+        if isinstance(outcome, ChoiceScores):
+            chosen_label = likeliest(outcome.logprobs, self._run.task.labels)
+            self._store(row, state=ACCEPTED, label_logprobs=outcome.logprobs, prediction=chosen_label)
+            return
         assert isinstance(outcome, Completion)
-        self._tokens["output_tokens"] += sum(len(sample.token_ids) for sample in outcome.samples)
-        self._tokens["cached_tokens"] += outcome.cached_tokens
         parse = self._run.prompts.parse_output
         samples = [
             {"text": parse(s.text), "finish_reason": s.finish_reason, "tokens": len(s.token_ids), "logprob": s.logprob}
@@ -194,6 +221,8 @@ class _Evaluation:
 
     def _finish(self, proof: dict[str, Any] | None) -> Artifact:
         rows = self._stage.committed()
+        if self._protocol.labels == "calibrated":
+            rows = self._scored(_calibrated(rows, self._run.task.labels))
         ledger = Ledger.of(rows)
         ledger.reconcile(len(self._instances))
         task = self._run.task
@@ -230,6 +259,14 @@ def _choose_filtered(run: TaskRun, rows: list[dict[str, Any]]) -> None:
         row["prediction"] = first.get(row["row"], "")
 
 
+def _calibrated(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Shards hold the likeliest labels; the calibrated ones follow from all rows that were answered."""
+    answered = [row for row in rows if row["state"] == ACCEPTED]
+    elected = calibrate([row["label_logprobs"] for row in answered], labels)
+    predictions = {row["row"]: one.label for row, one in zip(answered, elected, strict=True)}
+    return [row | {"prediction": predictions.get(row["row"], "")} for row in rows]
+
+
 async def _prove(run: TaskRun, adapter: Adapter) -> dict[str, Any]:
     """Compares the engine's log-probabilities of training rows with the trainer's, before the adapter is scored.
 
@@ -263,7 +300,7 @@ async def canary_logprobs(run: TaskRun, canaries: Sequence[Canary], ref: Adapter
     async for outcome in run.pool.score(requests, run.task.name):
         if isinstance(outcome, RequestFailed):
             raise TaskFailed(f"{run.task.name}: the adapter cannot be served: {outcome.message}")
-        assert not isinstance(outcome, Completion)
+        assert isinstance(outcome, Score)
         scores[outcome.id] = outcome.token_logprobs
     return [lp for request in requests for lp in scores[request.id]]
 

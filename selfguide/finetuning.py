@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,19 +40,45 @@ class Adapter:
 
 async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
     """Trains on the kept pairs; a killed job goes on from its last epoch. Rows that do not fit are counted."""
-    stage = finetuning_stage(run, kept)
+    pairs = [pair for pair in kept.rows() if pair["state"] == ACCEPTED]
+    sources = [_Source(pair["row"], pair["input"], pair["output"]) for pair in pairs]
+    return await _finetune(run, finetuning_stage(run, kept), sources, run.recipe.finetuning.min_rows, "finetuning")
+
+
+async def finetune_gold(run: TaskRun) -> Adapter:
+    """The same training on the gold examples alone, leave-one-out: each example's prompt shows the others.
+
+    The authors' own version has the row's answer among its demonstrations, so that there is nothing to learn.
+    """
+    numbers = range(len(run.task.examples))
+    others = [tuple(other for other in numbers if other != number) for number in numbers]
+    sources = [_Source(i, one.input, one.output, others[i]) for i, one in enumerate(run.task.examples)]
+    return await _finetune(run, gold_finetuning_stage(run), sources, 1, "few_shot_sft")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What one training row is made from; `shown` numbers the gold examples in its prompt, None is as in evaluation."""
+
+    row: int
+    input: str
+    output: str
+    shown: tuple[int, ...] | None = None
+
+
+async def _finetune(run: TaskRun, stage: Stage, sources: Sequence[_Source], least: int, heard_as: str) -> Adapter:
     async with run.lock(stage):
         if not stage.done:
             with stage.writing():
-                rows = _training_rows(run, kept)
+                rows = [_training_row(run, source) for source in sources]
                 ledger = Ledger.of(rows)
-                ledger.reconcile(kept.marker["ledger"]["accepted"])
-                if ledger.accepted < run.recipe.finetuning.min_rows:
+                ledger.reconcile(len(sources))
+                if ledger.accepted < least:
                     longest = run.recipe.finetuning.max_length
                     raise TaskFailed(
                         f"{run.task.name}: {ledger.accepted} rows fit finetuning.max_length {longest}; raise it"
                     )
-                result = await _train(run, stage, rows)
+                result = await _train(run, stage, rows, heard_as)
                 _keep_weights(stage, result)
                 stage.finish(rows, SCHEMA, ledger, train=_described(result))
     assert stage.done is not None
@@ -59,33 +86,35 @@ async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
 
 
 def finetuning_stage(run: TaskRun, kept: Artifact) -> Stage:
-    config = {"finetuning": chosen(run.recipe.finetuning), "demonstrations": run.recipe.evaluation.demonstrations}
-    return run.store.stage("finetuning", run.made_by(VERSION, **config), [kept])
+    return run.store.stage("finetuning", run.made_by(VERSION, **_config(run)), [kept])
 
 
-def _training_rows(run: TaskRun, kept: Artifact) -> list[dict[str, Any]]:
-    config = run.recipe.finetuning
-    rows = []
-    for pair in kept.rows():
-        if pair["state"] != ACCEPTED:
-            continue
-        row = {"row": pair["row"], "state": ACCEPTED, "filter": None, "reason": None}
-        try:
-            ids, cut = run.prompts.training(pair["input"], pair["output"], config.max_length, run.num_demonstrations)
-            rows.append(row | {"prompt_tokens": cut, "input_ids": ids})
-        except TooLong as error:
-            why = {"state": REJECTED, "filter": "max_length", "reason": str(error)}
-            rows.append(row | why | {"prompt_tokens": None, "input_ids": None})
-    return rows
+def gold_finetuning_stage(run: TaskRun) -> Stage:
+    return run.store.stage("finetuning", run.made_by(VERSION, **_config(run), rows="gold examples, leave one out"), [])
 
 
-async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]]) -> TrainResult:
+def _config(run: TaskRun) -> dict[str, Any]:
+    return {"finetuning": chosen(run.recipe.finetuning), "demonstrations": run.recipe.evaluation.demonstrations}
+
+
+def _training_row(run: TaskRun, source: _Source) -> dict[str, Any]:
+    row = {"row": source.row, "state": ACCEPTED, "filter": None, "reason": None}
+    longest, count = run.recipe.finetuning.max_length, run.num_demonstrations
+    try:
+        ids, cut = run.prompts.training(source.input, source.output, longest, count, source.shown)
+    except TooLong as error:
+        why = {"state": REJECTED, "filter": "max_length", "reason": str(error)}
+        return row | why | {"prompt_tokens": None, "input_ids": None}
+    return row | {"prompt_tokens": cut, "input_ids": ids}
+
+
+async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]], heard_as: str) -> TrainResult:
     path, work = stage.work / "train.parquet", stage.work / "trainer"
     work.mkdir(exist_ok=True)
     write_rows(path, [row for row in rows if row["state"] == ACCEPTED], SCHEMA)
 
     def hear(step: dict[str, Any]) -> None:
-        run.report("finetuning", rows=step["step"], of=step["steps"], loss=step["loss"])
+        run.report(heard_as, rows=step["step"], of=step["steps"], loss=step["loss"])
 
     try:
         async with run.pool.asleep() if run.time_shared else nullcontext():

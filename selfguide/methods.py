@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from selfguide.comparison import record
 from selfguide.curation import curate
 from selfguide.evaluation import Protocol, evaluate
-from selfguide.finetuning import Adapter, finetune
+from selfguide.finetuning import Adapter, finetune, finetune_gold
 from selfguide.intervals import Difference, paired_bootstrap
 from selfguide.store import Artifact
 from selfguide.synthesis import synthesize
@@ -36,20 +36,32 @@ async def self_guide(run: TaskRun) -> Comparison:
         candidates = await synthesize(run)
         kept = await curate(run, candidates)
         adapter = await finetune(run, kept)
-        return await compare(run, adapter, await untuned)
+        gold = await few_shot_sft(run) if "few_shot_sft" in wanted_controls(run) else None
+        return await compare(run, adapter, await untuned | ({"few_shot_sft": gold} if gold else {}))
     finally:
         untuned.cancel()
         await asyncio.gather(untuned, return_exceptions=True)
 
 
 async def evaluate_untuned(run: TaskRun) -> dict[str, Artifact]:
-    """The base and the recipe's controls, by method."""
-    methods = {"base": base, "few_shot_icl": few_shot_icl, "filtered_decoding": filtered_decoding}
+    """The base and those of the recipe's controls that train nothing, by method."""
+    methods = {
+        "base": base, "few_shot_icl": few_shot_icl, "filtered_decoding": filtered_decoding,
+        "constrained_labels": constrained_labels, "calibrated_labels": calibrated_labels,
+    }  # fmt: skip
     evaluations = {}
-    for name in ("base", *run.recipe.evaluation.controls):
-        if artifact := await methods[name](run):
+    for name in ("base", *wanted_controls(run)):
+        if name in methods and (artifact := await methods[name](run)):
             evaluations[name] = artifact
     return evaluations
+
+
+def wanted_controls(run: TaskRun) -> tuple[str, ...]:
+    """The recipe's controls, as far as they apply to the task."""
+    of_labels = () if run.is_classification else ("constrained_labels", "calibrated_labels")
+    trainable = run.task.examples and run.evaluation_instances
+    gone = (*of_labels, *(() if trainable else ("few_shot_sft",)))
+    return tuple(dict.fromkeys(name for name in run.recipe.evaluation.controls if name not in gone))
 
 
 def untuned_protocols(run: TaskRun) -> dict[str, Protocol]:
@@ -59,12 +71,14 @@ def untuned_protocols(run: TaskRun) -> dict[str, Protocol]:
         Protocol("base", sampling, run.num_demonstrations),
         Protocol("few_shot_icl", sampling, None),
         Protocol("filtered_decoding", annotation.sampling, None, annotation.num_samples, filtered=True),
+        Protocol("constrained_labels", sampling, run.num_demonstrations, labels="likeliest"),
+        Protocol("calibrated_labels", sampling, run.num_demonstrations, labels="calibrated"),
     )
     return {protocol.method: protocol for protocol in known}
 
 
-def tuned_protocol(run: TaskRun, adapter: Adapter | None) -> Protocol:
-    return Protocol("self_guide", run.recipe.evaluation.sampling, run.num_demonstrations, adapter=adapter)
+def tuned_protocol(run: TaskRun, adapter: Adapter | None, method: str = "self_guide") -> Protocol:
+    return Protocol(method, run.recipe.evaluation.sampling, run.num_demonstrations, adapter=adapter)
 
 
 async def base(run: TaskRun) -> Artifact | None:
@@ -80,6 +94,21 @@ async def few_shot_icl(run: TaskRun) -> Artifact | None:
 async def filtered_decoding(run: TaskRun) -> Artifact | None:
     """The untuned student, sampled and filtered at inference as annotation is (docs/methods.md)."""
     return await evaluate(run, untuned_protocols(run)["filtered_decoding"])
+
+
+async def constrained_labels(run: TaskRun) -> Artifact | None:
+    """The untuned student, held to the labels: the likeliest one, from one pass on the base's prompts."""
+    return await evaluate(run, untuned_protocols(run)["constrained_labels"])
+
+
+async def calibrated_labels(run: TaskRun) -> Artifact | None:
+    """The same, each label standardised over all evaluation inputs: what calibration does without any training."""
+    return await evaluate(run, untuned_protocols(run)["calibrated_labels"])
+
+
+async def few_shot_sft(run: TaskRun) -> Artifact | None:
+    """A student finetuned on the gold examples alone, asked as the tuned one is."""
+    return await evaluate(run, tuned_protocol(run, await finetune_gold(run), "few_shot_sft"))
 
 
 async def tuned(run: TaskRun, adapter: Adapter) -> Artifact | None:

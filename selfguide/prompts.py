@@ -8,6 +8,7 @@ examples from the last to the first. A prompt that does not fit without any is `
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,29 +63,62 @@ class Prompts:
 
     # ---- one format for annotation, training and evaluation
 
-    def answer(self, text: str, max_tokens: int, num_gold: int | None = None) -> Prompt:
-        """The prompt that asks for the output of input `text`, with up to `num_gold` examples (all: None)."""
-        wanted = len(self._task.examples) if num_gold is None else min(num_gold, len(self._task.examples))
+    def answer(
+        self, text: str, max_tokens: int, num_gold: int | None = None, order: Sequence[int] | None = None
+    ) -> Prompt:
+        """The prompt that asks for the output of input `text`, with up to `num_gold` examples (all: None).
+
+        `order` numbers the examples to show, first to last; None is all of them, in the task's own order.
+        """
+        gold = self._task.examples if order is None else [self._task.examples[number] for number in order]
+        wanted = len(gold) if num_gold is None else min(num_gold, len(gold))
         for shown in range(wanted, -1, -1):
-            parts = self._answer_parts(shown)
+            parts = self._answer_parts(gold[:shown])
             ids = self._join(parts, self._varying(text))
             if len(ids) + max_tokens <= self._limit:
                 return Prompt(ids, parts.head + self._varying(text) + parts.close, shown)
         raise TooLong(self._too_long(len(ids), max_tokens))
 
-    def training(self, text: str, output: str, max_length: int, num_gold: int | None) -> tuple[list[int], int]:
+    def answer_orders(self, most: int) -> list[tuple[int, ...]]:
+        """Up to `most` different fixed orders of all examples, for `answer`; the first is the task's own."""
+        count = len(self._task.examples)
+        orders = [tuple(range(count))]
+        draw = random.Random(f"{self._task.name} answers")
+        while len(orders) < min(most, math.factorial(count)):
+            order = tuple(draw.sample(range(count), count))
+            orders += [order] if order not in orders else []
+        return orders
+
+    @cached_property
+    def label_ids(self) -> tuple[list[int], ...]:
+        """Each label's tokens as a training row has them behind `answer`'s prompt; with the answer's end only where a
+        label begins another one, which would otherwise never be the likelier of the two."""
+        whole = [self._tokenizer.encode(self._completion(label)) for label in self._task.labels]
+        bare = [self._tokenizer.encode(self._begun(label)) for label in self._task.labels]
+        cut = [_common_start(*pair) or pair[0] for pair in zip(whole, bare, strict=True)]
+        nested = any(i != j and one[: len(other)] == other for i, one in enumerate(cut) for j, other in enumerate(cut))
+        return tuple(whole if nested else cut)
+
+    @property
+    def label_room(self) -> int:
+        """Tokens to keep free behind a prompt whose labels are weighed: an engine decodes one more."""
+        return 1 + max(map(len, self.label_ids))
+
+    def training(
+        self, text: str, output: str, max_length: int, num_gold: int | None, order: Sequence[int] | None = None
+    ) -> tuple[list[int], int]:
         """Token ids of what `answer` sends, then of the output; and how many of them are the prompt's."""
         completion = self._tokenizer.encode(self._completion(output))
         room = min(max_length, self._limit)
-        prompt = self.answer(text, len(completion) + self._limit - room, num_gold)
+        prompt = self.answer(text, len(completion) + self._limit - room, num_gold, order)
         return prompt.ids + completion, len(prompt.ids)
 
     def parse_output(self, text: str) -> str:
         """The output in what came back."""
         return _cut(text, self.stops).strip()
 
-    def _answer_parts(self, shown: int) -> _Parts:
-        examples = [Example(self._clean(e.input), self._clean(e.output)) for e in self._task.examples[:shown]]
+    def _answer_parts(self, gold: Sequence[Example]) -> _Parts:
+        examples = [Example(self._clean(e.input), self._clean(e.output)) for e in gold]
         if not self._chat:
             shots = "".join(f"\n\nInput: {e.input}\nOutput: {e.output}" for e in examples)
             return _Parts(f"{self._clean(self._task.instruction)}{shots}\n\nInput:", "\nOutput:")
@@ -96,8 +130,10 @@ class Prompts:
         return self._cut_chat([*messages, _user(f"{instruction}Input: {_SLOT}")])
 
     def _completion(self, output: str) -> str:
-        output = self._clean(output)
-        return f"{output}{self._turn_end}" if self._chat else f" {output}{self._end}"
+        return self._begun(output) + (self._turn_end if self._chat else self._end)
+
+    def _begun(self, output: str) -> str:
+        return self._clean(output) if self._chat else f" {self._clean(output)}"
 
     # ---- input generation
 
@@ -206,6 +242,11 @@ def _user(content: str) -> dict[str, str]:
 
 def _assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
+
+
+def _common_start(one: list[int], other: list[int]) -> list[int]:
+    differs = (number for number, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return one[: next(differs, min(len(one), len(other)))]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engines.types import ChoiceScores, Completion, Outcome
+
 ACCEPTED, REJECTED, FAILED = "accepted", "rejected", "failed"
 """Every candidate ends in one of these. Rejected rows name the filter and its reason, failed ones the error."""
 
@@ -28,6 +30,16 @@ def row_seed(run_seed: int, task: str, stage: str, row: int, attempt: int = 0) -
 
 def _hash(*parts: object) -> str:
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+def spent(outcome: Outcome) -> dict[str, int]:
+    """Output and cached tokens of an answer; weighed choices cost one token, which is thrown away."""
+    if isinstance(outcome, Completion):
+        output_tokens = sum(len(sample.token_ids) for sample in outcome.samples)
+        return {"output_tokens": output_tokens, "cached_tokens": outcome.cached_tokens}
+    if isinstance(outcome, ChoiceScores):
+        return {"output_tokens": 1, "cached_tokens": outcome.cached_tokens}
+    return {}
 
 
 @dataclass(frozen=True)

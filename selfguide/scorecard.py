@@ -12,7 +12,7 @@ from selfguide.adapterfile import AdapterFile, check_adapter_file, find_measured
 from selfguide.api import idle_run, load_student, open_session
 from selfguide.errors import TaskFailed, UserError
 from selfguide.evaluation import Protocol, evaluate, evaluation_stage
-from selfguide.intervals import METRICS, bootstrap, bootstrap_tasks, paired_bootstrap
+from selfguide.intervals import AUTHORS_METRICS, METRICS, bootstrap, bootstrap_tasks, paired_bootstrap
 from selfguide.methods import untuned_protocols
 from selfguide.store import RunStore
 from selfguide.tables import make_table, show
@@ -142,7 +142,7 @@ async def _score_task(run: TaskRun, ref: AdapterRef | None) -> dict[str, Any]:
 def _values(artifact: Artifact) -> dict[str, list[float]]:
     """Each metric's values by row; a metric that is unavailable for the task is left out."""
     rows = artifact.rows()
-    columns = {metric: [row[metric] for row in rows] for metric in METRICS}
+    columns = {metric: [row[metric] for row in rows] for metric in (*METRICS, *AUTHORS_METRICS)}
     return {metric: column for metric, column in columns.items() if None not in column}
 
 

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import bisect
 import random
+from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from engines.types import Completion, Outcome, Request, RequestFailed, Sample, Sampling
+from engines.types import (
+    ChoiceRequest,
+    ChoiceScores,
+    Completion,
+    Outcome,
+    Request,
+    RequestFailed,
+    Sample,
+    Sampling,
+    Work,
+)
 from selfguide.errors import TaskFailed
 from selfguide.filters.chain import InputJudge, PairJudge, pairs_table
 from selfguide.prompts import TooLong
-from selfguide.records import ACCEPTED, FAILED, REJECTED, Ledger
+from selfguide.records import ACCEPTED, FAILED, REJECTED, Ledger, spent
 from selfguide.store import SHARD_ROWS, TOKEN_COUNTS, Artifact, Stage
 from selfguide.taskrun import TaskRun, chosen
 
@@ -25,14 +37,14 @@ if TYPE_CHECKING:
     from cluster.pool import Channel
     from selfguide.config import Sampling as SamplingConfig
 
-VERSION = 1
+VERSION = 2
 SAMPLE = pa.struct(
     [("text", pa.string()), ("finish_reason", pa.string()), ("tokens", pa.int32()), ("logprob", pa.float64())]
 )
 SCHEMA = pa.schema([
     ("row", pa.int32()), ("id", pa.string()), ("state", pa.string()), ("filter", pa.string()), ("reason", pa.string()),
     ("label", pa.string()), ("demonstrations", pa.list_(pa.int32())), ("input", pa.string()), ("tokens", pa.int32()),
-    ("finish_reason", pa.string()), ("samples", pa.list_(SAMPLE)),
+    ("finish_reason", pa.string()), ("samples", pa.list_(SAMPLE)), ("label_logprobs", pa.list_(pa.float64())),
 ])  # fmt: skip
 _FEW_FAILURES = 10
 _MIN_YIELD = 0.05  # what the launch gate assumes at least, so that a barren task still makes progress
@@ -52,8 +64,8 @@ def synthesis_stage(run: TaskRun) -> Stage:
     """Pair filters are part of its identity only where they decide how many candidates are tried."""
     recipe = run.recipe
     filters = chosen(run.filters)
-    wanted = ("inputs", "samples", "vote", "pairs") if recipe.synthesis.target_rows else ("inputs",)
-    synthesis = chosen(recipe.synthesis)
+    wanted = ("inputs", "samples", "vote", "pairs") if run.target_rows else ("inputs",)
+    synthesis = chosen(recipe.synthesis) | {"target_rows": run.target_rows}
     del synthesis["max_failed_share"]  # when to give up changes no row: whoever raises it goes on from there
     config = {
         "synthesis": synthesis, "annotation": chosen(recipe.annotation),
@@ -83,6 +95,7 @@ class _Synthesis:
         self._failed = 0
         self._tokens = dict.fromkeys(TOKEN_COUNTS, 0)
         self._sent: dict[str, tuple[int, str]] = {}
+        self._answers: dict[int, dict[str, Outcome | None]] = {}  # of rows being annotated, by part, in order
 
     async def run(self) -> Artifact:
         self._recall(self._stage.committed())
@@ -101,7 +114,7 @@ class _Synthesis:
 
     @property
     def _enough(self) -> bool:
-        return self._config.target_rows is not None and self._kept >= self._config.target_rows
+        return self._run.target_rows is not None and self._kept >= self._run.target_rows
 
     @property
     def _finished(self) -> bool:
@@ -139,12 +152,12 @@ class _Synthesis:
     def _worth_launching(self) -> bool:
         """With a target, rows whose pairs will hardly be needed are not started. Affects waste, never the result."""
         pending = len(self._rows) - self._judged
-        if self._config.target_rows is None or not pending:
+        if self._run.target_rows is None or not pending:
             return True
         rate = max(self._kept / self._judged, _MIN_YIELD) if self._judged >= SHARD_ROWS // 4 else 1.0
-        return self._kept + pending * rate < self._config.target_rows
+        return self._kept + pending * rate < self._run.target_rows
 
-    def _start_row(self, row: int) -> list[Request]:
+    def _start_row(self, row: int) -> list[Work]:
         draw = random.Random(self._run.row_seed("demonstrations", row))
         label = draw.choice(self._run.task.labels) if self._conditional else None
         shown = self._draw_demonstrations(row, draw)
@@ -188,52 +201,75 @@ class _Synthesis:
 
     # ---- outputs
 
-    def _annotate(self, row: dict[str, Any]) -> list[Request]:
-        config = self._annotation
+    def _annotate(self, row: dict[str, Any]) -> list[Work]:
+        """One request for each order of the gold examples; samples are spread over them."""
+        config, prompts, weighed = self._annotation, self._run.prompts, self._run.is_calibrated
+        orders = prompts.answer_orders(config.orders if weighed else min(config.orders, config.num_samples))
+        room = max(config.sampling.max_tokens, prompts.label_room if weighed else 0)
         try:
-            prompt = self._run.prompts.answer(row["input"], config.sampling.max_tokens)
+            asked = [prompts.answer(row["input"], room, order=order).ids for order in orders]
         except TooLong as error:
             self._fail(row["row"], "prompt_too_long", str(error))
             return []
+        parts = [f"output-{number}" if number else "output" for number in range(len(orders))]
+        self._answers[row["row"]] = dict.fromkeys(parts)
         choices = self._run.task.labels if config.constrain_labels and self._run.is_classification else ()
-        sampling = self._sampling(config.sampling, "output", row["row"], n=config.num_samples, choices=choices)
-        return [self._request(row["row"], "output", prompt.ids, sampling)]
+        work = []
+        for number, (part, ids) in enumerate(zip(parts, asked, strict=True)):
+            share = len(range(number, config.num_samples, len(orders)))
+            sampling = None if weighed else self._sampling(config.sampling, part, row["row"], share, choices)
+            work.append(self._request(row["row"], part, ids, sampling))
+        return work
 
     def _sampling(
-        self, config: SamplingConfig, purpose: str, row: int, n: int = 1, choices: tuple[str, ...] = ()
+        self, config: SamplingConfig, part: str, row: int, n: int = 1, choices: tuple[str, ...] = ()
     ) -> Sampling:
         return Sampling(
             n=n, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
-            stop=(*config.stop, *self._run.prompts.stops), seed=self._run.row_seed(purpose, row), choices=choices,
-            logprobs=purpose == "output" and self._annotation.keep_best is not None,
+            stop=(*config.stop, *self._run.prompts.stops), seed=self._run.row_seed(part, row), choices=choices,
+            logprobs=part != "input" and self._annotation.keep_best is not None,
         )  # fmt: skip
 
-    def _request(self, row: int, part: str, ids: list[int], sampling: Sampling) -> Request:
-        request = Request(f"{self._rows[row]['id']}/{part}", ids, sampling)
-        self._sent[request.id] = (row, part)
+    def _request(self, row: int, part: str, ids: list[int], sampling: Sampling | None) -> Work:
+        """Without `sampling`, the labels are weighed."""
+        name = f"{self._rows[row]['id']}/{part}"
+        self._sent[name] = (row, part)
         self._tokens["prompt_tokens"] += len(ids)
-        return request
+        return Request(name, ids, sampling) if sampling else ChoiceRequest(name, ids, self._run.prompts.label_ids)
 
     def _take(self, outcome: Outcome) -> None:
         row, part = self._sent.pop(outcome.id)
-        if isinstance(outcome, RequestFailed):
+        for name, count in spent(outcome).items():
+            self._tokens[name] += count
+        if part != "input":
+            self._answers[row][part] = outcome
+            if None not in self._answers[row].values():
+                self._take_answers(row, list(self._answers.pop(row).values()))
+        elif isinstance(outcome, RequestFailed):
             self._fail(row, outcome.error, outcome.message)
+        else:
+            assert isinstance(outcome, Completion)
+            [sample] = outcome.samples
+            text, num_tokens = self._run.prompts.parse_input(sample.text), len(sample.token_ids)
+            self._rows[row].update(state="arrived", input=text, tokens=num_tokens, finish_reason=sample.finish_reason)
+
+    def _take_answers(self, row: int, outcomes: Sequence[Outcome | None]) -> None:
+        """All orders' answers, in the orders' order; where several failed, the first says why."""
+        failed = next((one for one in outcomes if isinstance(one, RequestFailed)), None)
+        if failed:
+            self._fail(row, failed.error, failed.message)
             return
-        assert isinstance(outcome, Completion)
-        self._tokens["output_tokens"] += sum(len(sample.token_ids) for sample in outcome.samples)
-        self._tokens["cached_tokens"] += outcome.cached_tokens
-        if part == "input":
-            sample = outcome.samples[0]
-            text = self._run.prompts.parse_input(sample.text)
-            self._rows[row].update(
-                state="arrived", input=text, tokens=len(sample.token_ids), finish_reason=sample.finish_reason
-            )
-            return
-        self._rows[row].update(state=ACCEPTED, samples=[self._stored(sample) for sample in self._best(outcome)])
+        scored = [one.logprobs for one in outcomes if isinstance(one, ChoiceScores)]
+        samples = [sample for one in outcomes if isinstance(one, Completion) for sample in one.samples]
+        self._rows[row].update(
+            state=ACCEPTED,
+            samples=None if scored else [self._stored(sample) for sample in self._best(samples)],
+            label_logprobs=[fmean(column) for column in zip(*scored, strict=True)] if scored else None,
+        )
         self._complete.add(row)
 
-    def _best(self, outcome: Completion) -> list[Sample]:
-        samples, keep = list(outcome.samples), self._annotation.keep_best
+    def _best(self, samples: list[Sample]) -> list[Sample]:
+        keep = self._annotation.keep_best
         if keep is None:
             return samples
         return sorted(samples, key=lambda sample: sample.logprob or 0.0, reverse=True)[:keep]
@@ -263,7 +299,7 @@ class _Synthesis:
         ready = self._rows[self._judged : end]
         pairs = [row for row in ready if row["state"] == ACCEPTED]
         stays = set()
-        if pairs and self._config.target_rows is not None:
+        if pairs and self._run.target_rows is not None:
             verdicts = self._pairs.judge(pairs_table(pairs))
             stays = {row for row, name in verdicts.select("row", "filter").iter_rows() if name is None}
         for row in ready:

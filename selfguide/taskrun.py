@@ -60,6 +60,16 @@ class TaskRun:
         return self.task.kind == "classification" and len(self.task.labels) > 1
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether outputs are labels elected over the whole set; generation tasks are sampled in either mode."""
+        return self.recipe.annotation.mode == "calibrated" and self.is_classification
+
+    @property
+    def target_rows(self) -> int | None:
+        """Pairs at which synthesis stops; None where all candidates are tried, as calibration demands."""
+        return None if self.is_calibrated else self.recipe.synthesis.target_rows
+
+    @property
     def filters(self) -> Filters:
         """The recipe's chains, with the additions for classification where they apply."""
         filters, more = self.recipe.filters, self.recipe.filters.classification
@@ -88,6 +98,7 @@ class TaskRun:
             evaluation_inputs=tuple(instance.input for instance in self.task.instances),
             labels=self.task.labels,
             seed=self.recipe.seed,
+            label_tokens=tuple(map(len, self.student.tokenizer.encode_many(self.task.labels))),
         )
 
     def made_by(self, version: int, **config: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from selfguide import api, cli
 from selfguide.api import Session, idle_run, load_student
 from selfguide.config import Recipe
 from selfguide.errors import UserError
-from selfguide.estimate import Plan, document, plan_run, show_plans
+from selfguide.estimate import Assumptions, Estimate, Plan, document, parse_assumptions, plan_run, show_plans
+from selfguide.estimate.assumed import size_by_name, size_of
 from selfguide.estimate.shown import needed_bytes, readable_seconds
 from selfguide.evaluation import evaluate, evaluation_stage
 from selfguide.methods import untuned_protocols
@@ -47,8 +48,8 @@ def recipe(random_student: Path) -> Callable[..., Recipe]:
     return load
 
 
-def _by_stage(plans: list[Plan]) -> dict[str, Plan]:
-    return {plan.stage: plan for plan in plans}
+def _by_stage(estimate: Estimate) -> dict[str, Plan]:
+    return {plan.stage: plan for plan in estimate.plans}
 
 
 def _tree(folder: Path) -> dict[str, int]:
@@ -59,10 +60,9 @@ def _tree(folder: Path) -> dict[str, int]:
 
 
 def test_bounds_of_a_run_that_has_not_begun(task: Task, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    plans = plan_run(task, recipe(), tmp_path / "out")
-    assert [plan.stage for plan in plans] == STAGES + EVALUATIONS
-    found = _by_stage(plans)
-    assert {plan.status for plan in plans} == {"to do"}
+    found = _by_stage(plan_run(task, recipe(), tmp_path / "out"))
+    assert list(found) == STAGES + EVALUATIONS
+    assert {plan.status for plan in found.values()} == {"to do"}
     assert found["synthesis"].most_rows == 160
     assert found["synthesis"].most_tokens_out == 160 * (48 + 4 * 48)
     assert found["synthesis"].rows is found["synthesis"].seconds is found["synthesis"].tokens_out is None
@@ -111,9 +111,9 @@ async def test_a_plan_and_the_run_agree(
     async with open_simulated() as session:
         await api.run(task, recipe(), tmp_path / "out", session=session)
     tree = _tree(tmp_path)
-    plans = plan_run(task, recipe(), tmp_path / "out")
-    done = _by_stage(plans)
-    assert {plan.status for plan in plans} == {"done"}
+    finished = plan_run(task, recipe(), tmp_path / "out")
+    done = _by_stage(finished)
+    assert finished.left == []
     assert done["finetuning"].rows == before["finetuning"].most_rows == 40
     for name in EVALUATIONS:  # all twelve prompts were rendered: their mean is exact
         assert before[name].tokens_in == done[name].tokens_in
@@ -125,30 +125,31 @@ async def test_a_plan_and_the_run_agree(
 
     other = plan_run(task, recipe(seed=1), tmp_path / "out")  # another seed: all to do, and now it can be told
     again = _by_stage(other)
-    assert {plan.status for plan in other} == {"to do"}
+    assert {plan.status for plan in other.plans} == {"to do"}
     share = 40 / done["synthesis"].rows_done
     assert again["synthesis"].rows == math.ceil(40 / share)
     assert again["synthesis"].tokens_out == done["synthesis"].tokens_out
     seconds = done["synthesis"].seconds
     assert seconds is not None
     assert again["synthesis"].seconds == pytest.approx(seconds, rel=0.1, abs=0.1)
-    assert all(plan.seconds is not None for plan in other)
-    assert document(other, tmp_path)["left"]["seconds"] == pytest.approx(sum(p.seconds or 0 for p in other), abs=0.1)
+    assert all(plan.seconds is not None for plan in other.plans)
+    total = sum(plan.seconds or 0 for plan in other.plans)
+    assert document(other, tmp_path)["left"]["seconds"] == pytest.approx(total, abs=0.1)
     _check_forced(plan_run(task, recipe(), tmp_path / "out", ["finetuning"]))
     assert _tree(tmp_path) == tree
     _check_half_trained(task, recipe(**{"finetuning.lora_rank": 8}), tmp_path / "out")
-    show_plans(plans, tmp_path / "out")
+    show_plans(finished, tmp_path / "out")
     assert "Nothing is left to do" in capsys.readouterr().out
 
 
-def _check_forced(plans: list[Plan]) -> None:
+def _check_forced(estimate: Estimate) -> None:
     """What comes before the forced stage is done; what is made from it cannot be known."""
-    status = {plan.stage: plan.status for plan in plans}
+    status = {plan.stage: plan.status for plan in estimate.plans}
     assert [status[name] for name in STAGES] == ["done", "done", "to do"]
     assert status["evaluation: base"] == "done"
     assert status["evaluation: self_guide"] == "to do"
-    assert _by_stage(plans)["finetuning"].rows == 40
-    assert needed_bytes(plans) > 0
+    assert _by_stage(estimate)["finetuning"].rows == 40
+    assert needed_bytes(estimate.plans) > 0
 
 
 def _check_half_trained(task: Task, recipe: Recipe, out: Path) -> None:
@@ -201,6 +202,106 @@ async def test_another_students_pace_is_not_taken(
     content["made_by"]["model"] = "another"
     marker.write_text(json.dumps(content))
     assert _by_stage(plan_run(task, recipe(seed=1), tmp_path))["evaluation: base"].tokens_out is None
+
+
+# ---- what is assumed
+
+
+def test_what_is_not_measured_is_reckoned_by_what_is_assumed(
+    task: Task, recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rates of one a second make seconds of tokens."""
+    rates = ["prompt_tokens_per_s=1", "output_tokens_per_s=1", "train_tokens_per_s=1", "answer_length=2"]
+    several = recipe(**{"synthesis.target_rows": None, "cluster.num_engines": 4})
+    estimate = plan_run(task, several, tmp_path / "out", assumed=parse_assumptions(rates))
+    found = _by_stage(estimate)
+    base, training = found["evaluation: base"], found["finetuning"]
+    assert training.rows == 80
+    assert training.tokens_in == pytest.approx(training.most_tokens_in / 2, abs=1)
+    assert training.seconds == training.gpu_seconds == training.tokens_in
+    assert base.gpu_seconds == (base.tokens_in or 0) + (base.tokens_out or 0)
+    assert base.seconds == pytest.approx(base.gpu_seconds / 4, abs=0.1)
+    tokenizer = load_student(several).tokenizer
+    lengths = [len(tokenizer.encode(example.output)) + 1 for example in task.examples]
+    assert base.tokens_out == round(12 * 2 * sum(lengths) / len(lengths))
+    sums = document(estimate, tmp_path)["left"]
+    assert sums["gpu_hours"] == pytest.approx(sum(p.gpu_seconds or 0 for p in found.values()) / 3600, abs=0.001)
+    show_plans(estimate, tmp_path)
+    said = capsys.readouterr().out
+    assert "writes 1 (output_tokens_per_s)" in said
+    assert "GPU hours" in said
+
+
+def test_what_is_measured_is_not_assumed(task: Task, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean kept_share"):
+        parse_assumptions(["kept_shares=0.5"])
+    for text in ("params", "params=many", "params=0", "params=inf", "params=nan"):
+        with pytest.raises(UserError, match="a number above 0"):
+            parse_assumptions([text])
+    assert parse_assumptions([]) is None
+    assert parse_assumptions(["defaults"]) == Assumptions()
+    assert plan_run(task, recipe(), tmp_path).assumed is None
+
+
+def test_a_student_that_is_not_here_is_planned_by_its_size(
+    task: Task, recipe: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(model: str, assumed: Assumptions | None = None) -> Estimate:
+        return plan_run(task, recipe(**{"model.path": model, "finetuning.method": "full"}), tmp_path, (), assumed)
+
+    named, told = plan("nobody/nothing-7b"), plan("nobody/nothing", Assumptions(params=7e9))
+    assert named.plans == told.plans
+    assert named.absent == "nobody/nothing-7b"
+    training = _by_stage(named)["finetuning"]
+    assert training.disk_bytes - (8 << 10) == 4 * 7_000_000_000
+    assert training.peak_bytes == 24 * 7_000_000_000
+    assert all(plan.seconds is not None for plan in named.plans)
+    prompts = [
+        _by_stage(plan("nobody/x-7b", Assumptions(chars_per_token=count)))["evaluation: base"] for count in (2, 4)
+    ]
+    assert prompts[0].tokens_in == pytest.approx(2 * (prompts[1].tokens_in or 0), rel=0.05)
+    show_plans(named, tmp_path)
+    said = capsys.readouterr().out
+    assert "nobody/nothing-7b of 7 billion parameters (params); it is not on this machine" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("org/vicuna-7b-v1.5", 7e9), ("org/Q2.5-0.5B-Instruct", 5e8), ("org/Mix-8x7B-v0.1", 56e9),
+        ("org/Small2-135M", 135e6), ("70b/name", None), ("org/phi-4", None), ("org/7Beta", None),
+    ],
+)  # fmt: skip
+def test_names_that_say_a_size(name: str, params: float | None) -> None:
+    assert size_by_name(name) == params
+
+
+def test_shapes_of_an_assumed_size_are_those_of_a_llama() -> None:
+    """Llama 2 of 7 billion: 32 layers of width 4,096; a LoRA of rank 16 on all seven matrices has 40 million."""
+    size, lora = size_of(6.74e9), load_recipe("default").finetuning
+    assert (size.num_layers, size.num_heads * size.head_dim) == (32, 4096)
+    assert saved_bytes(size, lora) / 4 == pytest.approx(40e6, rel=0.02)
+    assert sum(math.prod(shape) for shape in size.shapes.values()) == pytest.approx(6.74e9, rel=0.01)
+
+
+def test_methods_that_ask_alike_are_planned_once(task: Task, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    found = _by_stage(plan_run(task, recipe(**{"evaluation.demonstrations": "all"}), tmp_path))
+    shared = found["evaluation: few_shot_icl"]
+    assert (shared.most_rows, shared.most_tokens_in, shared.seconds) == (0, 0, 0.0)
+    assert shared.notes == ("asks what base asks: they share one evaluation",)
+    assert found["evaluation: filtered_decoding"].rows == 12
+
+
+def test_controls_that_train_or_read_labels(task: Task, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    controls = ["constrained_labels", "calibrated_labels", "few_shot_sft"]
+    found = _by_stage(plan_run(task, recipe(**{"evaluation.controls": controls}), tmp_path))
+    assert [name for name in found if name.startswith("evaluation")] == [
+        f"evaluation: {name}" for name in ("base", *controls, "self_guide")
+    ]
+    assert found["evaluation: constrained_labels"].most_tokens_out == 12
+    gold = found["finetuning: few_shot_sft"]
+    assert gold.rows == len(task.examples)
+    assert gold.tokens_in == gold.most_tokens_in > 0
 
 
 # ---- what is refused, and what is printed

@@ -213,7 +213,8 @@ async def test_suspicion_is_written_down_before_rows_run_again(open_pool: OpenPo
 
 async def test_suspects_of_an_earlier_process_run_alone(open_pool: OpenPool) -> None:
     """One by one, so that the culprit is found without bisecting."""
-    rows, written = [*make_rows(6), Request("bad", POISON, Sampling())], []
+    rows = [*make_rows(6), Request("bad", POISON, Sampling())]
+    written: list[dict[str, Any]] = []
     async with (
         open_pool(faults=Faults(poison=POISON)) as (pool, _),
         pool.channel("", written.append, suspects={"bad", "row-1", "row-2"}) as channel,

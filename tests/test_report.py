@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from selfguide import comparison, config, evaluation, finetuning, synthesis
 from selfguide.environment import environment
 from selfguide.errors import UserError
 from selfguide.records import ACCEPTED, FAILED, REJECTED, Ledger
+from selfguide.replication import MARKER
 from selfguide.report import read_report, write_report
+from selfguide.report.cells import escape
 from selfguide.report.conclusion import METRIC_TITLES, conclude
-from selfguide.report.markdown import escape
 from selfguide.store import SHARD_ROWS, Artifact, RunStore, TaskStore
 
 REPO = Path(__file__).parent.parent
@@ -74,6 +76,7 @@ def write_line(store: TaskStore, **changes: Any) -> Artifact:
     say: dict[str, Any] = {
         "recipe": "paper", "seed": 0, "task": TASK, "digest": "d" * 64, "student": "org/model", "engine": "vllm",
         "train": TRAIN, "proof": PROOF, "gains": GAINS, "metrics": ("exact_match", "rouge_l"), "rejected": "duplicate",
+        "protocol": "official",
     } | changes  # fmt: skip
     common = {"task": say["digest"], "model": "e" * 64, "seed": say["seed"]}
     lost = {(REJECTED, say["rejected"]): 2, (FAILED, "refused"): 1}
@@ -112,6 +115,7 @@ def _comparison(
             rows.append({**dict.fromkeys(comparison.SCHEMA.names), **row, **values})
     settings = config.Recipe(name=say["recipe"], seed=say["seed"]).model_dump(mode="json")
     settings["engine"]["kind"], settings["model"]["path"] = say["engine"], say["student"]
+    settings["evaluation"]["protocol"] = say["protocol"]
     facts = {"task": say["task"], "recipe": settings, "environment": environment()}
     inputs = [adapter, *methods.values()]
     return finish(task, "comparison", {**common, "recipe": say["recipe"]}, inputs, rows, comparison.SCHEMA, **facts)
@@ -180,6 +184,22 @@ def test_every_key_is_documented(store: RunStore) -> None:
     write_line(task, recipe="bare", gains={}, train=TRAIN | {"loss_curve": []})
     begin_synthesis(task, shards=1)
     check_documented(read_report(store.root), "[report](#report)", "report")
+
+
+@pytest.mark.parametrize("protocol", ["authors", "official"])
+def test_every_key_of_a_replication_is_documented(store: RunStore, protocol: str) -> None:
+    """Scores by another protocol stand beside no published figure."""
+    write_line(store.task("colours"), metrics=("exact_match", "authors_em"), protocol=protocol)
+    marker = {"tasks": {"task190": "colours"}, "absent": ["task284"], "failed": {"task199": "no row was kept"}}
+    (store.root / MARKER).write_text(json.dumps(marker))
+    document = read_report(store.root)
+    check_documented(document, "[report](#report)", "report")
+    rows = {row["name"]: row for row in document["replication"]["tasks"]}
+    assert rows["task190"]["measured"]["gain"] == (
+        {"mean": 4.2, "low": -1.0, "high": 9.1, "n": 100} if protocol == "authors" else None
+    )
+    assert [rows[name]["state"] for name in ("task199", "task284", "task200")] == ["failed", "absent", "not asked for"]
+    assert rows["task190"]["state"] == ("compared" if protocol == "authors" else "compared otherwise")
 
 
 # ---- what a report says

@@ -14,8 +14,15 @@ _SAMPLE = 16
 
 
 def candidate_tokens(run: TaskRun) -> float:
-    """Prompt tokens of a candidate: of the prompt for its input, and of the one for its outputs."""
-    return fmean(_input_lengths(run)) + fmean(_annotation_lengths(run) or [0])
+    """Prompt tokens of a candidate: of the prompt for its input, and of those for its outputs."""
+    return fmean(_input_lengths(run)) + num_orders(run) * fmean(_annotation_lengths(run) or [0])
+
+
+def num_orders(run: TaskRun) -> int:
+    """In how many orders of the gold examples an input is annotated, each with a prompt of its own."""
+    config = run.recipe.annotation
+    wanted = config.orders if run.is_calibrated else min(config.orders, config.num_samples)
+    return len(run.prompts.answer_orders(wanted))
 
 
 def _input_lengths(run: TaskRun) -> list[int]:
@@ -56,6 +63,14 @@ def evaluation_tokens(run: TaskRun, protocol: Protocol) -> tuple[float, list[str
     missed = len(texts) - len(lengths)
     note = f"{missed} of {len(texts)} rows that were tried do not fit the context: misses"
     return fmean(lengths or [0]), [note] if missed else []
+
+
+def gold_tokens(run: TaskRun) -> tuple[float, float]:
+    """Tokens of an input and of an output, as the gold examples have them, their ends counted."""
+    encode, examples = run.student.tokenizer.encode_many, run.task.examples
+    sides = ([example.input for example in examples], [example.output for example in examples])
+    inputs, outputs = (1 + fmean(map(len, encode(texts))) for texts in sides)
+    return inputs, outputs
 
 
 def bytes_per_token(run: TaskRun) -> float:

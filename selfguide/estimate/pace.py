@@ -45,7 +45,8 @@ class PaceBook:
             if (made_by["synthesis"]["sampling"], made_by["annotation"]) == wanted:
                 return self._rated(replace(_of_artifact(one), kept=self._kept_share(one)), "synthesis")
         started = _of_unfinished(stage)
-        return replace(started, kept=self._kept_so_far(stage)) if started else None
+        targeted = self._run.target_rows is not None
+        return replace(started, kept=self._kept_so_far(stage) if targeted else None) if started else None
 
     def _kept_share(self, synthesis: Artifact) -> float | None:
         num_candidates = synthesis.marker["ledger"]["candidates"]
@@ -65,8 +66,8 @@ class PaceBook:
 
     def evaluation(self, stage: Stage | None, protocol: Protocol) -> Pace | None:
         """Of the last evaluation of the task that sampled alike, or of this one as far as it got."""
-        wanted = {"sampling": chosen(protocol.sampling), "num_samples": protocol.num_samples}.items()
-        alike = [one for one in self._own if one.stage == "evaluation" and one.marker["made_by"].items() >= wanted]
+        wanted = (chosen(protocol.sampling), protocol.num_samples, protocol.labels)
+        alike = [one for one in self._own if one.stage == "evaluation" and _asking(one) == wanted]
         if alike:
             return self._rated(_of_artifact(alike[-1]), "evaluation")
         return _of_unfinished(stage) if stage else None
@@ -85,6 +86,11 @@ class PaceBook:
         method = self._run.recipe.finetuning.method
         alike = [one for one in self._all if one.stage == "finetuning" and _method(one.marker) == method]
         return _rate((one.marker["train"]["tokens"], one.marker["seconds"]) for one in alike)
+
+
+def _asking(evaluation: Artifact) -> tuple[Any, ...]:
+    made_by = evaluation.marker["made_by"]
+    return made_by["sampling"], made_by["num_samples"], made_by.get("labels")
 
 
 def _method(marker: Any) -> str:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from selfguide.config import Finetuning
 from selfguide.curation import curation_stage
-from selfguide.estimate.lengths import bytes_per_token, candidate_tokens, evaluation_tokens, pair_bytes, training_tokens
+from selfguide.estimate.assumed import Assumptions
+from selfguide.estimate.lengths import (
+    bytes_per_token,
+    candidate_tokens,
+    evaluation_tokens,
+    gold_tokens,
+    num_orders,
+    pair_bytes,
+    training_tokens,
+)
 from selfguide.estimate.pace import Pace, PaceBook
 from selfguide.evaluation import Protocol, evaluation_stage
-from selfguide.finetuning import finetuning_stage, read_adapter
-from selfguide.methods import tuned_protocol, untuned_protocols
+from selfguide.finetuning import finetuning_stage, gold_finetuning_stage, read_adapter
+from selfguide.methods import tuned_protocol, untuned_protocols, wanted_controls
 from selfguide.sizes import ModelSize, checkpoint_bytes, saved_bytes
 from selfguide.store import Artifact, RunStore, Stage
 from selfguide.synthesis import synthesis_stage
@@ -29,7 +39,8 @@ class Plan:
     """One stage: what it took where it is done, else what is left of it.
 
     `most_*` are bounds, the others expectations, None where nothing tells. Tokens in are prompts; in finetuning, all
-    tokens that are trained on, over all epochs. `peak_bytes` lie on the disk only while the stage works.
+    tokens that are trained on, over all epochs. `peak_bytes` lie on the disk only while the stage works. `gpu_seconds`
+    are those of all GPUs that it holds.
     """
 
     stage: str
@@ -45,16 +56,30 @@ class Plan:
     disk_bytes: int = 0
     peak_bytes: int = 0
     seconds: float | None = None
+    gpu_seconds: float | None = None
     notes: tuple[str, ...] = ()
 
 
-class Planner:
-    """One task's stages against one run folder."""
+@dataclass(frozen=True)
+class _Answers:
+    """Tokens of a row's answers: at most, and as long as the gold examples."""
 
-    def __init__(self, run: TaskRun, store: RunStore, size: ModelSize, force: frozenset[str]) -> None:
-        self._run, self._size, self._force = run, size, force
+    most: int
+    usual: float
+
+
+class Planner:
+    """One task's stages against one run folder. What was assumed stands in where nothing was measured."""
+
+    def __init__(
+        self, run: TaskRun, store: RunStore, size: ModelSize, force: frozenset[str], assumed: Assumptions | None = None
+    ) -> None:
+        self._run, self._size, self._force, self._assumed = run, size, force, assumed
         self._pace = PaceBook(run, store)
         self._token_bytes = bytes_per_token(run)
+        cluster = run.recipe.cluster
+        self._engine_gpus = cluster.num_engines * run.recipe.engine.tensor_parallel
+        self._trainer_gpus = cluster.gpus_per_trainer
 
     def plan(self) -> list[Plan]:
         """A later stage's fingerprint follows from the earlier one's rows, and is known only once those are there."""
@@ -88,9 +113,16 @@ class Planner:
         config, annotation = self._run.recipe.synthesis, self._run.recipe.annotation
         plan, pace = self._begin("synthesis", stage, config.num_candidates), self._pace.synthesis(stage)
         plan = replace(plan, rows=plan.most_rows)
-        if config.target_rows is not None:
-            plan = _until_enough(plan, config.target_rows, pace)
-        answers = config.sampling.max_tokens + annotation.num_samples * annotation.sampling.max_tokens
+        if self._run.target_rows is not None:
+            plan = _until_enough(plan, self._run.target_rows, pace)
+        if plan.rows is None and self._assumed:
+            plan = replace(plan, rows=plan.most_rows)
+        an_input, an_output = gold_tokens(self._run)
+        most = config.sampling.max_tokens + annotation.num_samples * annotation.sampling.max_tokens
+        answers = _Answers(most, an_input + annotation.num_samples * an_output)
+        if self._run.is_calibrated:  # a prompt of which labels are read costs one token
+            weighed = num_orders(self._run)
+            answers = _Answers(config.sampling.max_tokens + weighed, an_input + weighed)
         return self._count_tokens(plan, pace, candidate_tokens(self._run), answers)
 
     def _plan_curation(self, stage: Stage | None, candidates: Artifact | None) -> Plan:
@@ -100,35 +132,76 @@ class Planner:
         most = self._run.recipe.synthesis.num_candidates if annotated is None else annotated
         plan = self._begin("curation", stage, most)
         disk_bytes = _FILES_BYTES + round(most * pair_bytes(self._run))
-        return replace(plan, rows=annotated, disk_bytes=disk_bytes, seconds=self._pace.curation_s())
+        return replace(plan, rows=annotated, disk_bytes=disk_bytes, seconds=self._curation_s(), gpu_seconds=0.0)
+
+    def _curation_s(self) -> float | None:
+        """Measured, or next to nothing."""
+        return self._pace.curation_s() or (0.0 if self._assumed else None)
 
     def _plan_finetuning(self, stage: Stage | None, kept: Artifact | None) -> Plan:
         if stage and (done := self._done(stage)):
             return _finished(done)
-        recipe = self._run.recipe
         pairs = kept.marker["ledger"]["accepted"] if kept else None
-        most = pairs or recipe.synthesis.target_rows or recipe.synthesis.num_candidates
-        a_row, notes = training_tokens(self._run)
+        most = pairs or self._run.target_rows or self._run.recipe.synthesis.num_candidates
+        expected = self._expected_pairs() if pairs is None and self._assumed else pairs
         plan = self._begin("finetuning", stage, most)
-        left = 1.0 - (_share_trained(stage) if stage and plan.status == "unfinished" else 0.0)
-        tokens = round(left * most * _epochs(recipe.finetuning, most) * a_row)
-        rate = self._pace.trained_per_second()
-        return replace(
-            plan, rows=pairs, tokens_in=tokens if pairs else None, most_tokens_in=tokens,
-            disk_bytes=_FILES_BYTES + saved_bytes(self._size, recipe.finetuning),
-            peak_bytes=checkpoint_bytes(self._size, recipe.finetuning),
-            seconds=round(tokens / rate, 1) if rate else None, notes=(*plan.notes, *notes),
+        return self._count_training(plan, expected, _share_trained(stage) if stage else 0.0)
+
+    def _count_training(self, plan: Plan, rows: int | None, share_done: float = 0.0) -> Plan:
+        """`rows` are expected of the `most_rows` that there may be."""
+        config, (a_row, notes) = self._run.recipe.finetuning, training_tokens(self._run)
+
+        def count(number: int) -> int:
+            return round((1.0 - share_done) * number * _epochs(config, number) * a_row)
+
+        plan = replace(
+            plan, rows=rows, tokens_in=count(rows) if rows else None, most_tokens_in=count(plan.most_rows),
+            disk_bytes=_FILES_BYTES + saved_bytes(self._size, config),
+            peak_bytes=checkpoint_bytes(self._size, config), notes=(*plan.notes, *notes),
         )  # fmt: skip
+        return self._time_training(plan)
+
+    def _expected_pairs(self) -> int:
+        """Where nothing was kept yet: the target, or the assumed share of all candidates."""
+        assert self._assumed
+        config = self._run.recipe.synthesis
+        share = math.ceil(config.num_candidates * min(1.0, self._assumed.kept_share))
+        return min(self._run.target_rows or share, config.num_candidates)
+
+    def _time_training(self, plan: Plan) -> Plan:
+        tokens = plan.most_tokens_in if plan.tokens_in is None else plan.tokens_in
+        if rate := self._pace.trained_per_second():
+            return _timed(plan, tokens / rate, self._trainer_gpus)
+        if self._assumed:
+            gpus = self._trainer_gpus or 1
+            return _timed(plan, self._assumed.seconds(train=tokens) / gpus, gpus)
+        return plan
 
     def _plan_evaluations(self, trained: Artifact | None) -> list[Plan]:
         run = self._run
         if not run.evaluation_instances:
             return []
-        asked = untuned_protocols(run)
-        untuned = [asked[name] for name in ("base", *run.recipe.evaluation.controls)]
-        plans = [self._plan_evaluation(protocol, evaluation_stage(run, protocol)) for protocol in untuned]
-        tuned = tuned_protocol(run, read_adapter(trained) if trained else None)
-        return [*plans, self._plan_evaluation(tuned, evaluation_stage(run, tuned) if trained else None)]
+        asked, plans = untuned_protocols(run), dict[str, Plan]()
+        for name in ("base", *(name for name in wanted_controls(run) if name in asked)):
+            stage = evaluation_stage(run, asked[name])
+            shared = None if self._done(stage) else _shared(f"evaluation: {name}", stage, plans)
+            plans[name] = shared or self._plan_evaluation(asked[name], stage)
+        gold = self._plan_few_shot_sft() if "few_shot_sft" in wanted_controls(run) else []
+        return [*plans.values(), *gold, self._plan_tuned("self_guide", trained)]
+
+    def _plan_few_shot_sft(self) -> list[Plan]:
+        """The control that is trained on the gold examples, and its evaluation."""
+        stage = gold_finetuning_stage(self._run)
+        done, name = self._done(stage), "finetuning: few_shot_sft"
+        rows = len(self._run.task.examples)
+        plan = (
+            replace(_finished(done), stage=name) if done else self._count_training(self._begin(name, stage, rows), rows)
+        )
+        return [plan, self._plan_tuned("few_shot_sft", done)]
+
+    def _plan_tuned(self, method: str, trained: Artifact | None) -> Plan:
+        protocol = tuned_protocol(self._run, read_adapter(trained) if trained else None, method)
+        return self._plan_evaluation(protocol, evaluation_stage(self._run, protocol) if trained else None)
 
     def _plan_evaluation(self, protocol: Protocol, stage: Stage | None) -> Plan:
         name = f"evaluation: {protocol.method}"
@@ -137,22 +210,53 @@ class Planner:
         plan = self._begin(name, stage, len(self._run.evaluation_instances))
         a_prompt, notes = evaluation_tokens(self._run, protocol)
         plan = replace(plan, rows=plan.most_rows, notes=(*plan.notes, *notes))
-        pace, answers = self._pace.evaluation(stage, protocol), protocol.num_samples * protocol.sampling.max_tokens
+        pace = self._pace.evaluation(stage, protocol)
         pace = replace(pace, tokens_in=a_prompt) if pace else None  # its prompts may have held other demonstrations
-        return self._count_tokens(plan, pace, a_prompt, answers)
+        count = protocol.num_samples
+        answers = _Answers(count * protocol.sampling.max_tokens, count * gold_tokens(self._run)[1])
+        return self._count_tokens(plan, pace, a_prompt, _Answers(1, 1) if protocol.labels else answers)
 
-    def _count_tokens(self, plan: Plan, pace: Pace | None, a_prompt: float, answers: int) -> Plan:
-        """`a_prompt` and `answers` are tokens of a row: as rendered, and at most."""
+    def _count_tokens(self, plan: Plan, pace: Pace | None, a_prompt: float, answers: _Answers) -> Plan:
+        """`a_prompt` and `answers` are tokens of a row."""
         a_prompt = pace.tokens_in if pace else a_prompt
+        an_answer = pace.tokens_out if pace else None
+        if an_answer is None and self._assumed:
+            an_answer = min(answers.most, self._assumed.answer_length * answers.usual)
         tokens_in = None if plan.rows is None else round(plan.rows * a_prompt)
-        tokens_out = None if plan.rows is None or pace is None else round(plan.rows * pace.tokens_out)
-        rate, most_out = pace.per_second if pace else None, plan.most_rows * answers
-        return replace(
+        tokens_out = None if plan.rows is None or an_answer is None else round(plan.rows * an_answer)
+        most_out = plan.most_rows * answers.most
+        plan = replace(
             plan, tokens_in=tokens_in, most_tokens_in=round(plan.most_rows * a_prompt),
             tokens_out=tokens_out, most_tokens_out=most_out,
             disk_bytes=_FILES_BYTES + round((most_out if tokens_out is None else tokens_out) * self._token_bytes),
-            seconds=round(tokens_out / rate, 1) if rate and tokens_out is not None else None,
         )  # fmt: skip
+        return self._time_engines(plan, pace.per_second if pace else None)
+
+    def _time_engines(self, plan: Plan, rate: float | None) -> Plan:
+        """At the measured output tokens of a second, which prompts have slowed already, or as assumed."""
+        if plan.tokens_in is None or plan.tokens_out is None:
+            return plan
+        if rate:
+            return _timed(plan, plan.tokens_out / rate, self._engine_gpus)
+        if self._assumed:
+            seconds = self._assumed.seconds(prompt=plan.tokens_in, output=plan.tokens_out)
+            return _timed(plan, seconds / self._engine_gpus, self._engine_gpus)
+        return plan
+
+
+def _timed(plan: Plan, seconds: float, gpus: float) -> Plan:
+    return replace(plan, seconds=round(seconds, 1), gpu_seconds=round(seconds * gpus, 1))
+
+
+def _shared(name: str, stage: Stage, plans: Mapping[str, Plan]) -> Plan | None:
+    """Methods that ask alike share one evaluation, which is planned once."""
+    for other, plan in plans.items():
+        if plan.fingerprint == stage.fingerprint:
+            note = f"asks what {other} asks: they share one evaluation"
+            return Plan(
+                name, plan.status, stage.fingerprint, 0, 0, 0, 0, 0, 0, seconds=0.0, gpu_seconds=0.0, notes=(note,)
+            )
+    return None
 
 
 def _finished(artifact: Artifact) -> Plan:

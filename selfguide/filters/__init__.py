@@ -12,13 +12,13 @@ from selfguide.filters.copies import EvaluationCopy, GoldCopy
 from selfguide.filters.duplicates import Duplicate, NearDuplicate
 from selfguide.filters.empty import Empty
 from selfguide.filters.finish import Finished
-from selfguide.filters.labels import Agreement, Balance, ValidLabel
+from selfguide.filters.labels import Agreement, Balance, Margin, ValidLabel
 from selfguide.filters.length import Length
 from selfguide.filters.noise import Noise
 
 __all__ = [
     "AnyInputFilter", "AnyRowFilter", "AnySetFilter", "Balance", "Context", "Duplicate", "EvaluationCopy", "Finished",
-    "GoldCopy", "Length", "Noise", "ValidLabel", "Vote", "filter_specs", "normalise",
+    "GoldCopy", "Length", "Margin", "Noise", "ValidLabel", "Vote", "filter_specs", "normalise",
 ]  # fmt: skip
 
 AnyRowFilter = Annotated[
@@ -27,7 +27,7 @@ AnyRowFilter = Annotated[
 AnyInputFilter = Annotated[
     Empty | Finished | Noise | Length | GoldCopy | EvaluationCopy | Duplicate, Field(discriminator="name")
 ]
-AnySetFilter = Annotated[Duplicate | NearDuplicate | Balance, Field(discriminator="name")]
+AnySetFilter = Annotated[Duplicate | NearDuplicate | Balance | Margin, Field(discriminator="name")]
 
 
 def filter_specs() -> list[type[FilterSpec]]:

@@ -1,7 +1,7 @@
 """What filters are: pure expressions over a table of rows, each with a reason for every row that it turns away.
 
 A row filter sees one row at a time (as a Polars expression over whole columns), a set filter needs all of them. Both
-read the columns `text`, `tokens`, `finish_reason` and `label`; pairs also have `input`, `votes` and `share`.
+read the columns `text`, `tokens`, `finish_reason` and `label`; pairs also have `input`, `votes`, `share` and `margin`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Context:
     evaluation_inputs: tuple[str, ...]
     labels: tuple[str, ...]
     seed: int
+    label_tokens: tuple[int, ...] = ()
+    """Of each label, where answers are read off log-probabilities and no sample says how long it was."""
 
 
 class RowFilter(Protocol):

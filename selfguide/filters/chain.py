@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from selfguide.calibration import calibrate
 from selfguide.filters.base import Context, RowFilter, SetFilter, normalise
 from selfguide.filters.duplicates import Duplicate
 from selfguide.filters.labels import ValidLabel
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 SAMPLES = pl.List(pl.Struct({"text": pl.String, "finish_reason": pl.String, "tokens": pl.Int32, "logprob": pl.Float64}))
 INPUTS = {"text": pl.String(), "tokens": pl.Int32(), "finish_reason": pl.String()}
-PAIRS = {"row": pl.Int32(), "input": pl.String(), "label": pl.String(), "samples": SAMPLES}
+PAIRS = {
+    "row": pl.Int32(), "input": pl.String(), "label": pl.String(), "samples": SAMPLES,
+    "label_logprobs": pl.List(pl.Float64),
+}  # fmt: skip
 
 
 def compile_chain(filters: Sequence[RowFilter], context: Context) -> list[pl.Expr]:
@@ -57,8 +61,8 @@ class InputJudge:
 
 
 def pairs_table(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """Rows with `row`, `input`, `label` and `samples` as the table that `PairJudge` reads."""
-    return pl.DataFrame([{key: row[key] for key in PAIRS} for row in rows], schema=PAIRS)
+    """Rows with `row`, `input`, `label`, and `samples` or `label_logprobs`, as the table that `PairJudge` reads."""
+    return pl.DataFrame([{key: row.get(key) for key in PAIRS} for row in rows], schema=PAIRS)
 
 
 class PairJudge:
@@ -67,24 +71,44 @@ class PairJudge:
     def __init__(self, filters: Filters, context: Context) -> None:
         self._samples = compile_chain(filters.samples, context)
         self._pairs = compile_chain(filters.pairs, context)
+        self._context = context
         self._vote = filters.vote
         label = next((one for one in filters.samples if isinstance(one, ValidLabel)), None)
         self._read = pl.col("text") if label is None else label.read(context)
 
     def judge(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """From `pairs_table` to row, input, label, text (the output), votes, share, tokens, filter, reason.
+        """From `pairs_table` to row, input, label, text (the output), votes, share, margin, tokens, filter, reason.
 
         Where no sample survives, the reason is the most frequent one among the samples.
         """
-        table = rows.select(list(PAIRS))
+        table = rows.select([name for name in PAIRS if name != "label_logprobs"])
         samples = self.judge_samples(table)
         alive = samples.filter(pl.col("filter").is_null())
         elected = self._vote.elect(alive)
         tokens = alive.group_by("row", "text").agg(pl.col("tokens").first())
         pairs = table.drop("samples").join(elected, on="row", how="left", maintain_order="left")
         pairs = pairs.join(tokens, on=["row", "text"], how="left", maintain_order="left")
-        pairs = pairs.with_columns(pl.lit("stop").alias("finish_reason"), pl.col("text").fill_null(""))
+        pairs = pairs.with_columns(
+            pl.lit("stop").alias("finish_reason"),
+            pl.col("text").fill_null(""),
+            pl.lit(None, pl.Float64).alias("margin"),
+        )
         return _explain_silent(self._judge_elected(pairs), samples).drop("finish_reason")
+
+    def judge_calibrated(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The same from `label_logprobs`, over all rows at once: there are no samples to filter and no vote."""
+        labels, table = self._context.labels, rows.select(list(PAIRS))
+        elected = calibrate(table["label_logprobs"].to_list(), labels)
+        tokens = dict(zip(labels, self._context.label_tokens, strict=True))
+        pairs = table.drop("samples", "label_logprobs").with_columns(
+            pl.Series("text", [one.label for one in elected], dtype=pl.String),
+            pl.lit(None, pl.UInt32).alias("votes"),
+            pl.lit(None, pl.Float64).alias("share"),
+            pl.Series("margin", [one.margin for one in elected], dtype=pl.Float64),
+            pl.Series("tokens", [tokens[one.label] for one in elected], dtype=pl.Int32),
+            pl.lit("stop").alias("finish_reason"),
+        )
+        return pairs.with_columns(self._pairs).drop("finish_reason")
 
     def judge_samples(self, table: pl.DataFrame) -> pl.DataFrame:
         """One line for each sample, with its verdict; where labels are read, a survivor's text is its label."""

@@ -1,4 +1,4 @@
-"""Classification: reading a label off an answer, its agreement with the condition, and balance."""
+"""Classification: reading a label off an answer, its agreement with the condition, margin and balance."""
 
 from __future__ import annotations
 
@@ -85,6 +85,28 @@ class Balance(FilterSpec):
             for number in random.Random(f"{context.seed} {label}").sample(numbers, max(0, len(numbers) - quota)):
                 reasons[number] = f"more than {quota} rows of {label}"
         return pl.Series("reason", reasons, dtype=pl.String)
+
+
+class Margin(FilterSpec):
+    """Keeps, of each label, the rows where calibrated annotation put it furthest ahead of the second label.
+
+    The margin is in standard units (annotation.mode calibrated). Rows without one, as generation tasks have, stay.
+    """
+
+    name: Literal["margin"] = "margin"
+    keep: float = Field(default=0.5, gt=0, le=1)
+    """Share of a label's rows that stays, rounded up; of equal margins the earlier rows."""
+
+    def reasons(self, rows: pl.DataFrame, context: Context) -> pl.Series:
+        import polars as pl
+
+        place = pl.col("margin").rank("ordinal", descending=True).over("text")
+        count = pl.col("margin").count().over("text")
+        far = place > (self.keep * count - 1e-9).ceil()
+        why = pl.format(
+            "margin {}, below the highest " + f"{self.keep:.0%} of " + "{}", pl.col("margin").round(3), "text"
+        )
+        return rows.select(pl.when(far).then(why).alias("reason"))["reason"]
 
 
 def _bare(label: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from selfguide.preview.shown import show_preview
 
 if TYPE_CHECKING:
-    from engines.types import Request, Sample
+    from engines.types import Sample
     from selfguide.api import Session
     from selfguide.config import Recipe
     from selfguide.preview.tap import Tap
@@ -71,7 +71,8 @@ def _elect(run: TaskRun, candidates: list[dict[str, Any]]) -> dict[int, dict[str
 
     accepted = [row for row in candidates if row["state"] == ACCEPTED]
     context = run.context("output")
-    judged = PairJudge(run.filters, context).judge(pairs_table(accepted))
+    judge, table = PairJudge(run.filters, context), pairs_table(accepted)
+    judged = judge.judge_calibrated(table) if run.is_calibrated else judge.judge(table)
     return {row["row"]: row for row in judge_set(judged, run.filters.sets, context).iter_rows(named=True)}
 
 
@@ -80,7 +81,7 @@ def _elect(run: TaskRun, candidates: list[dict[str, Any]]) -> dict[int, dict[str
 
 def _describe_row(run: TaskRun, tap: Tap, row: dict[str, Any], pair: dict[str, Any] | None) -> dict[str, Any]:
     asked, answered = f"{row['id']}/input", f"{row['id']}/output"
-    annotated = row["samples"] is not None
+    annotated = row["state"] == "accepted"
     verdict = None if annotated else {"state": row["state"], "filter": row["filter"], "reason": row["reason"]}
     return {
         "row": row["row"],
@@ -91,7 +92,9 @@ def _describe_row(run: TaskRun, tap: Tap, row: dict[str, Any], pair: dict[str, A
         "verdict": verdict or {"state": "accepted", "filter": None, "reason": None},
         "output_prompt": _describe_prompt(run, tap, answered),
         "samples": _describe_samples(run, tap, row) if annotated else [],
-        "pair": _pick(pair, "state", "filter", "reason", "votes", "share") | {"output": pair["text"]} if pair else None,
+        "pair": _pick(pair, "state", "filter", "reason", "votes", "share", "margin") | {"output": pair["text"]}
+        if pair
+        else None,
     }
 
 
@@ -102,8 +105,10 @@ def _pick(row: dict[str, Any], *keys: str) -> dict[str, Any]:
 def _describe_prompt(run: TaskRun, tap: Tap, request_id: str) -> dict[str, Any] | None:
     if request_id not in tap.sent:
         return None
-    request = cast("Request", tap.sent[request_id])
-    return _cut_prompt(run, list(request.prompt_ids))
+    from engines.types import Request
+
+    request = tap.sent[request_id]
+    return _cut_prompt(run, list(request.prompt_ids if isinstance(request, Request) else request.prefix_ids))
 
 
 def _cut_prompt(run: TaskRun, ids: list[int]) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def _describe_samples(run: TaskRun, tap: Tap, row: dict[str, Any]) -> list[dict[
 def _describe_later(run: TaskRun, candidates: list[dict[str, Any]]) -> dict[str, Any] | None:
     """A prompt as rows get it once others were accepted: with demonstrations. Rendered, not sent."""
     config = run.recipe.synthesis
-    shown = [row for row in candidates if row["samples"] is not None][: config.max_demonstrations]
+    shown = [row for row in candidates if row["state"] == "accepted"][: config.max_demonstrations]
     if not shown:
         return None
     synthetic = [(row["input"], row["label"]) for row in shown]

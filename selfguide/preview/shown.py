@@ -84,6 +84,11 @@ def _row(row: dict[str, Any], seen: dict[str, str]) -> Iterator[Text]:
         if pair["votes"] is not None:
             yield _line(f"elected with {pair['votes']} votes, {pair['share']:.0%}")
             yield from quote(pair["output"])
+        if pair["margin"] is not None:
+            yield _line(
+                f"calibrated over these rows alone, {pair['margin']:.2f} standard units ahead of the second label"
+            )
+            yield from quote(pair["output"])
         yield _verdict("pair", pair)
 
 

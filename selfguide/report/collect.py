@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ import selfguide
 from selfguide.errors import UserError
 from selfguide.records import Ledger
 from selfguide.report.conclusion import METRIC_TITLES, conclude
+from selfguide.report.replication import collect_replication
 from selfguide.store import TOKEN_COUNTS, Artifact, RunStore, Stage, TaskStore
 
 SCHEMA_VERSION = 1
@@ -30,19 +32,21 @@ def collect(folder: Path) -> dict[str, Any]:
     """Reads every marker of the run folder, and the shards of what is unfinished."""
     store = _open_run(folder)
     tasks = [task for task in map(_collect_task, store.tasks()) if task["stages"] or task["unfinished"]]
-    if not tasks:
+    replication = collect_replication(folder, tasks)
+    if not tasks and not replication:
         raise UserError(f"{folder}: no stage has begun here; start one with: selfguide run TASK --out {folder}")
     lines = [line for task in tasks for line in task["lines"]]
     document = {
         "schema_version": SCHEMA_VERSION, "selfguide": selfguide.__version__, "tasks": tasks,
         "recipes": _lift(lines, "recipe"), "environments": _lift(lines, "environment"),
+        "replication": replication,
     }  # fmt: skip
     return dict(_finite(document))
 
 
 def _open_run(folder: Path) -> RunStore:
-    if not (folder / "run.json").is_file():
-        what = "is no run folder (it has no run.json)" if folder.is_dir() else "there is no such folder"
+    if not os.path.isfile(folder / "run.json"):
+        what = "is no run folder (it has no run.json)" if os.path.isdir(folder) else "there is no such folder"
         raise UserError(f"{folder}: {what}; name the --out folder of a `selfguide run`")
     return RunStore(folder, create=False)
 

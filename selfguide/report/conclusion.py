@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from selfguide.report.cells import bounds, points
+
 TITLES = {
     "base": "the untuned student",
     "few_shot_icl": "few-shot ICL with all demonstrations",
     "filtered_decoding": "filtered decoding",
+    "constrained_labels": "the untuned student's likeliest label",
+    "calibrated_labels": "the untuned student's calibrated label",
+    "few_shot_sft": "finetuning on the demonstrations alone",
     "self_guide": "SELF-GUIDE",
 }
 METRIC_TITLES = {
@@ -37,15 +42,6 @@ def conclude(line: Mapping[str, Any]) -> list[str]:
 
 def title(method: str) -> str:
     return TITLES.get(method, method.replace("_", " "))
-
-
-def points(value: float) -> str:
-    """One decimal; a negative zero is zero."""
-    return f"{round(value, 1) + 0.0:.1f}"
-
-
-def bounds(estimate: Mapping[str, Any]) -> str:
-    return f"{points(estimate['low'])} to {points(estimate['high'])}"
 
 
 def _sign(estimate: Mapping[str, Any]) -> int:
@@ -79,12 +75,13 @@ def _against_base(gain: Mapping[str, Any], metric: str) -> str:
 
 
 def _against_control(method: str, gain: Mapping[str, Any], gained: bool) -> list[str]:
-    """A control, which trains nothing, matters where it is clearly better or worse, or may explain the gain."""
+    """A control matters where it is clearly better or worse, or may explain the gain."""
     name, amount, sign = title(method), points(abs(gain["mean"])), _sign(gain)
+    cost = "which needs no synthetic data" if method == "few_shot_sft" else "which trains nothing"
     if sign:
         side = "above" if sign > 0 else "below"
-        return [f"It is {amount} points {side} {name}, which trains nothing (95% interval {bounds(gain)})."]
+        return [f"It is {amount} points {side} {name}, {cost} (95% interval {bounds(gain)})."]
     if not gained:
         return []
     numbers = f"difference {points(gain['mean'])}, 95% interval {bounds(gain)}"
-    return [f"It is not shown to be above {name} ({numbers}), which trains nothing and may explain the gain."]
+    return [f"It is not shown to be above {name} ({numbers}), {cost} and may explain the gain."]

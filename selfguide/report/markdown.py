@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from selfguide.report.conclusion import METRIC_TITLES, bounds, points, title
-from selfguide.text import printable
+from selfguide.report import cells
+from selfguide.report.cells import escape, points, table
+from selfguide.report.conclusion import METRIC_TITLES, title
+from selfguide.report.replication_markdown import render_replication
 
 NONE = "–"
-_MARKUP = re.compile(r"[\\`*\[\]{}#|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _ALWAYS_SHOWN = ("exact_match", "rouge_l")
 _STEPS = {"candidates": "candidates", "inputs_accepted": "accepted inputs", "pairs_kept": "kept pairs"}
 _LABELS_FROM = {
@@ -31,26 +31,11 @@ Json = Mapping[str, Any]
 def render(document: Json) -> str:
     """Markdown of the document that `docs/report.md` describes."""
     blocks = ["# SELF-GUIDE report", *_overview(document["tasks"])]
+    if document["replication"]:
+        blocks += render_replication(document["replication"], document["tasks"])
     for task in document["tasks"]:
         blocks += _task(task)
     return "\n\n".join([*blocks, *_environments(document["environments"])]) + "\n"
-
-
-def escape(text: object) -> str:
-    """Text from outside as it is, and obeyed by nothing: no markup, no HTML, no control characters."""
-    escaped = _MARKUP.sub(r"\\\g<0>", printable(str(text)))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def table(align: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns also line up as plain text; `align` has l or r for each. Cells are escaped already."""
-    lines = [list(heads), *(list(row) for row in rows)]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
-    rule = ["-" * (width - 1) + ("-" if side == "l" else ":") for width, side in zip(widths, align, strict=True)]
-    pad = {"l": str.ljust, "r": str.rjust}
-    lines.insert(1, rule)
-    cells = ([pad[side](cell, width) for cell, width, side in zip(line, widths, align, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _overview(tasks: Sequence[Json]) -> list[str]:
@@ -85,7 +70,8 @@ def _task(task: Json) -> list[str]:
     if task["num_outdated_lines"]:
         left_out = _plural(task["num_outdated_lines"], "earlier comparison")
         blocks.append(f"Left out: {left_out} of stages that have been replaced since.")
-    used = {name for line in task["lines"] for name in _stage_names(line)}
+    by_id = {one["id"]: one for one in task["stages"]}
+    used = {name for line in task["lines"] for name in _stage_names(line, by_id)}
     others = {f"`{one['id']}`" + _replaced(one): one for one in task["stages"] if one["id"] not in used}
     if others:
         blocks += ["### Finished stages outside a comparison", _ledger(others), _work(others)]
@@ -109,7 +95,7 @@ def _facts(task: Json) -> list[str]:
 
 def _line(task: Json, line: Json) -> list[str]:
     stages = {one["id"]: one for one in task["stages"]}
-    mine = {_stage_title(line, name): stages[name] for name in _stage_names(line)}
+    mine = {_stage_title(line, name, stages): stages[name] for name in _stage_names(line, stages)}
     student = f"{escape(line['student']['name'])} ({line['student']['digest'][:12]})"
     made = f"`{line['id']}`, {line['finished']}; student {student}, {escape(line['engine'])} engine, "
     made += f"{escape(line['protocol'])} protocol, "
@@ -121,13 +107,21 @@ def _line(task: Json, line: Json) -> list[str]:
     return [*blocks, made + f"environment {line['environment']}, recipe {line['recipe']} (in full in report.json)."]
 
 
-def _stage_names(line: Json) -> list[str]:
-    return list(dict.fromkeys([*line["lineage"].values(), *(one["evaluation"] for one in line["methods"])]))
+def _stage_names(line: Json, stages: Mapping[str, Json]) -> list[str]:
+    """The student's own stages, then each method's, behind the training of its own that it may have."""
+    names = list(line["lineage"].values())
+    for method in line["methods"]:
+        names += [*stages[method["evaluation"]]["inputs"], method["evaluation"]]
+    return list(dict.fromkeys(names))
 
 
-def _stage_title(line: Json, name: str) -> str:
-    methods = [_method(one["method"]) for one in line["methods"] if one["evaluation"] == name]
-    return f"evaluation: {', '.join(methods)}" if methods else name.split("/")[0]
+def _stage_title(line: Json, name: str, stages: Mapping[str, Json]) -> str:
+    """Its kind, and whose it is where that is not the tuned student's alone."""
+    mine = [one for one in line["methods"] if name in (one["evaluation"], *stages[one["evaluation"]]["inputs"])]
+    kind = name.split("/")[0]
+    if name in line["lineage"].values():
+        return kind
+    return f"{kind}: {', '.join(_method(one['method']) for one in mine)}"
 
 
 def _replaced(stage: Json) -> str:
@@ -171,15 +165,11 @@ def _score_cells(method: Json, metrics: Sequence[str]) -> list[str]:
 
 
 def _score(estimate: Json | None) -> str:
-    return f"{points(estimate['mean'])} ({bounds(estimate)})" if estimate else "unavailable (not English)"
+    return cells.score(estimate, "unavailable (not English)")
 
 
 def _gain(method: Json, metric: str) -> str:
-    estimate = method["differences"][metric]
-    if estimate is None:
-        return NONE
-    sign = "+" if float(points(estimate["mean"])) > 0 else ""
-    return f"{sign}{points(estimate['mean'])} ({bounds(estimate)})"
+    return cells.gain(method["differences"][metric], NONE)
 
 
 def _funnel(line: Json, stages: Mapping[str, Json]) -> str:
