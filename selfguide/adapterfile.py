@@ -53,7 +53,7 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: no configuration of a LoRA ({reason}); save it again") from None
     if not all(isinstance(rank, int) and 1 <= rank <= MAX_RANK for rank in ranks):

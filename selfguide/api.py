@@ -20,8 +20,9 @@ from selfguide.config import Recipe
 from selfguide.curation import warm_filters
 from selfguide.errors import TaskFailed, UserError
 from selfguide.methods import Comparison, self_guide
+from selfguide.nano import student_path
 from selfguide.prompts import Prompts, TooLong
-from selfguide.sizes import MIN_FREE_BYTES, longest_context
+from selfguide.sizes import MIN_FREE_BYTES, existing, longest_context
 from selfguide.store import RunStore
 from selfguide.taskrun import Progress, Student, TaskRun
 from selfguide.tasks import Task
@@ -67,8 +68,10 @@ async def run(
     Raises `UserError` for what the caller can mend, `TaskFailed` where the task itself comes to no end.
     """
     check_stage_names(force)
-    RunStore(Path(out), create=False)
+    store = RunStore(Path(out), create=False)
     if session is None:
+        check_run(idle_run(task, recipe, await asyncio.to_thread(load_student, recipe), store))
+        RunStore(Path(out), command=command)  # a folder that cannot be written is known before engines start
         async with open_session(recipe, progress) as own:
             return await run(task, recipe, out, force=force, progress=progress, session=own, command=command)
     task_run = session.task_run(task, RunStore(Path(out), command=command), progress)
@@ -129,7 +132,7 @@ def load_student(recipe: Recipe) -> Student:
     if not model.path:
         raise UserError("no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe")
     try:
-        folder = _random_model() if model.path == "random" else resolve_model(model.path, model.revision)
+        folder = _random_model() if model.path == "random" else resolve_model(student_path(model.path), model.revision)
         read_config(folder)
         check_whole(folder)
         longest = longest_context(recipe.engine, folder)
@@ -139,6 +142,11 @@ def load_student(recipe: Recipe) -> Student:
     if model.prompts == "chat" and not tokenizer.has_chat_template:
         raise UserError(f"{folder}: the tokenizer has no chat template; set model.prompts: plain")
     chat = tokenizer.has_chat_template if model.prompts == "auto" else model.prompts == "chat"
+    if chat:
+        try:
+            tokenizer.check_chat_template()
+        except ModelError as error:
+            raise UserError(f"{folder}: {error}") from error
     return Student(str(folder), model_digest(folder), tokenizer, chat, longest)
 
 
@@ -157,8 +165,7 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
 def check_run(run: TaskRun) -> None:
     """Nothing starts that cannot finish: prompts fit, and there is room on the disk."""
     check_prompts(run.task, run.recipe, run.prompts)
-    run.store.root.mkdir(parents=True, exist_ok=True)
-    stat = os.statvfs(run.store.root)
+    stat = os.statvfs(existing(run.store.root))
     if stat.f_bavail * stat.f_frsize < MIN_FREE_BYTES:
         raise UserError(
             f"{run.store.root}: less than {MIN_FREE_BYTES >> 30} GiB free; make room or choose another --out"

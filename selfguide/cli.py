@@ -6,16 +6,19 @@ Exit codes: 0 done; 1 the task came to no end; 2 a mistake that the user can men
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selfguide import cli_checks
+from selfguide import cli_checks, cli_demo, cli_replicate
 from selfguide.cli_options import (
     AsJson,
+    Assume,
     Changes,
+    DryRun,
     LabelsSource,
     ModelPath,
     OutFolder,
@@ -34,6 +37,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(cli_checks.app)
+app.add_typer(cli_demo.app)
+app.add_typer(cli_replicate.app)
 
 
 @app.callback()
@@ -56,7 +61,8 @@ def run(
     force: Annotated[
         list[str], typer.Option("--force", help="Make a stage anew: synthesis, curation, finetuning, evaluation.")
     ] = [],  # noqa: B006
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    dry_run: DryRun = False,
+    assume: Assume = [],  # noqa: B006
     kind: TaskKind = None,
     labels_from: LabelsSource = None,
     as_json: AsJson = False,
@@ -70,10 +76,10 @@ def run(
     loaded = load_recipe(recipe, recipe_settings(changes, model))
     loaded_task = load_task(task, kind=kind, labels_from=labels_from)
     if dry_run:
-        from selfguide.estimate import document, plan_run, show_plans
+        from selfguide.estimate import document, parse_assumptions, plan_run, show_plans
 
-        plans = plan_run(loaded_task, loaded, out, force)
-        typer.echo(json.dumps(document(plans, out), indent=1)) if as_json else show_plans(plans, out)
+        estimate = plan_run(loaded_task, loaded, out, force, parse_assumptions(assume))
+        typer.echo(json.dumps(document(estimate, out), indent=1)) if as_json else show_plans(estimate, out)
         return
     from selfguide import api
     from selfguide.progress import ProgressView
@@ -188,14 +194,32 @@ def _write_report(folder: Path, *, as_json: bool) -> None:
     typer.echo(json.dumps(document, indent=1) if as_json else markdown)
 
 
+def _stdout_is_lost() -> bool:
+    """Whether standard output takes nothing more: its disk is full, its reader is gone. What is left is thrown away."""
+    try:
+        print(flush=True)  # flushing alone tells nothing where it is not buffered
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def main() -> None:
     """The console script: the user's mistakes are one line, bugs keep their traceback."""
     from selfguide.text import printable
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"selfguide: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if not _stdout_is_lost():
+            raise
+        print(f"selfguide: standard output cannot be written ({error.strerror}); make room for it", file=sys.stderr)
         sys.exit(2)
     except TaskFailed as error:
         print(f"selfguide: {printable(str(error))}", file=sys.stderr)

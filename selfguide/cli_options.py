@@ -16,7 +16,9 @@ TaskFile = Annotated[
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe (see `selfguide recipes`) or a YAML file.")
 ]
-ModelPath = Annotated[str, typer.Option("--model", "-m", help="The student: a model folder, a hub name, or `random`.")]
+ModelPath = Annotated[
+    str, typer.Option("--model", "-m", help="The student: a model folder, a hub name, `nano` or `random`.")
+]
 OutFolder = Annotated[
     Path, typer.Option("--out", "-o", help="Run folder. The same command again goes on where it ended.")
 ]
@@ -30,6 +32,13 @@ TaskKind = Annotated[
 LabelsSource = Annotated[
     Literal["examples", "task", "instances"] | None,
     typer.Option("--labels-from", help="Where labels come from; instances are the test answers, which is reported."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Assume = Annotated[
+    list[str],
+    typer.Option(
+        "--assume", help="With --dry-run: NAME=VALUE for what is not measured yet, such as params=7e9; or `defaults`."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cluster.placement import ClusterSpec
 from engines.types import Faults
-from selfguide.filters import AnyInputFilter, AnyRowFilter, AnySetFilter, Duplicate, Vote
+from selfguide.filters import AnyInputFilter, AnyRowFilter, AnySetFilter, Duplicate, Margin, Vote
 from selfguide.filters.copies import EvaluationCopy, GoldCopy
 from selfguide.filters.empty import Empty
 from selfguide.filters.finish import Finished
@@ -28,7 +28,8 @@ class Model(Section):
     """The student."""
 
     path: str = ""
-    """A model folder, a hub name (org/model), or "random": a small Llama with random weights, made on the spot."""
+    """A model folder, a hub name (org/model), "nano": the embedded student (docs/nano.md), or "random": a small Llama
+    with random weights, made on the spot."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -85,7 +86,8 @@ class Synthesis(Section):
     num_candidates: int = Field(default=400, ge=1)
     """At most this many inputs are tried (M)."""
     target_rows: int | None = Field(default=None, ge=1)
-    """Stop when this many pairs pass all row filters (N); empty: try all candidates."""
+    """Stop when this many pairs pass all row filters (N); empty: try all candidates. Calibrated annotation of
+    classification tasks tries all: its labels depend on the whole set."""
     pool: Literal["lag", "rounds"] = "lag"
     """Accepted inputs that row i may be shown: "rounds", all before its round (published); "lag", all but the last."""
     lag: int = Field(default=128, ge=1)
@@ -107,6 +109,13 @@ class Synthesis(Section):
 class Annotation(Section):
     """Stage 1b: the student answers its inputs by in-context learning (SELF-GUIDE, section 2)."""
 
+    mode: Literal["sample", "calibrated"] = "sample"
+    """Classification: "sample" takes a vote over sampled answers. "calibrated" reads the labels' log-probabilities off
+    one pass, standardises each label over all accepted inputs, and elects the label that stands out: no sample filter,
+    no vote, and all candidates are tried. Generation tasks are sampled in either mode."""
+    orders: int = Field(default=1, ge=1, le=24)
+    """In how many fixed orders of the gold examples each input is answered: samples are spread over them, label
+    log-probabilities averaged."""
     num_samples: int = Field(default=10, ge=1, le=256)
     """Answers sampled for each input."""
     keep_best: int | None = Field(default=None, ge=1)
@@ -188,6 +197,9 @@ class Finetuning(Section):
     """Training rows whose log-probabilities prove the adapter in the engine."""
 
 
+Control = Literal["few_shot_icl", "filtered_decoding", "constrained_labels", "calibrated_labels", "few_shot_sft"]
+
+
 class Evaluation(Section):
     """Stage 4: base, tuned student and controls on the same held-out rows."""
 
@@ -197,8 +209,12 @@ class Evaluation(Section):
     """Protocol "official": how many instances, from the first on, are test rows (published: 100)."""
     demonstrations: int | Literal["all"] = "all"
     """Gold examples in the prompt of base and tuned student, and in the training rows (official: 2)."""
-    controls: tuple[Literal["few_shot_icl", "filtered_decoding"], ...] = ("few_shot_icl", "filtered_decoding")
-    """Measured beside the base: all demonstrations that fit; and sampling with the annotation filters at inference."""
+    controls: tuple[Control, ...] = ("few_shot_icl", "filtered_decoding")
+    """Measured beside the base. few_shot_icl: all demonstrations that fit. filtered_decoding: sampling with the
+    annotation filters at inference. constrained_labels: the likeliest label, of one pass on the base's prompts.
+    calibrated_labels: the same, standardised per label over the evaluation inputs, as calibrated annotation does
+    (transductive: it sees all inputs at once). few_shot_sft: a student finetuned on the gold examples alone, each with
+    the others in its prompt. The two of labels are left out of generation tasks."""
     sampling: Sampling = Sampling(temperature=0.0, max_tokens=500)
     """Greedy, as published."""
     constrain_labels: bool = False
@@ -230,6 +246,16 @@ class Recipe(Section):
     """The comparison."""
     cluster: ClusterSpec = ClusterSpec()
     """Engines and trainers, and where."""
+
+    @field_validator("filters")
+    @classmethod
+    def _check_margin(cls, filters: Filters, info: ValidationInfo) -> Filters:
+        """The fields above are there already, those that were in order."""
+        annotation = info.data.get("annotation")
+        wanted = any(isinstance(one, Margin) for one in (*filters.sets, *filters.classification.sets))
+        if wanted and annotation is not None and annotation.mode == "sample":
+            raise ValueError("the margin filter needs annotation.mode: calibrated; set it, or take the filter out")
+        return filters
 
 
 Filters.model_rebuild()

@@ -11,15 +11,12 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 from rapidfuzz.distance import LCSseq
 
 from selfguide.errors import UserError
-
-if TYPE_CHECKING:
-    from nltk.stem.porter import PorterStemmer
+from selfguide.stemmer import stem
 
 Tokenize = Callable[[str], Sequence[Hashable]]
 
@@ -117,12 +114,4 @@ def _any_of(labels: tuple[str, ...]) -> re.Pattern[str]:
 
 @lru_cache(maxsize=2**17)
 def _stem(word: str) -> str:
-    return _stemmer().stem(word) if len(word) > 3 else word
-
-
-@cache
-def _stemmer() -> PorterStemmer:
-    # The import takes over a second, which --help and the evaluation of labels need not pay.
-    from nltk.stem.porter import PorterStemmer
-
-    return PorterStemmer()
+    return stem(word) if len(word) > 3 else word

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from selfguide.config import Recipe
 from selfguide.errors import UserError
 from selfguide.filters import Vote, filter_specs
+from selfguide.taskfile import shorten
+from selfguide.text import printable
 
 _MAX_EXTENDS = 8
 
@@ -38,7 +40,7 @@ def load_recipe(recipe: str | Path = "default", changes: Mapping[str, Any] | Non
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"recipe {path.name}: {_explain(error)}") from None
+        raise UserError(printable(f"recipe {path.name}: {_explain(error)}")) from None
 
 
 def parse_change(text: str) -> tuple[str, Any]:
@@ -83,7 +85,7 @@ def _find(recipe: str) -> Path:
         return Path(recipe)
     near = difflib.get_close_matches(recipe, shipped, 1)
     hint = f"did you mean {near[0]}?" if near else f"choose {', '.join(shipped)} or a .yaml file"
-    raise UserError(f"no recipe is called {recipe!r}: {hint}")
+    raise UserError(f"no recipe is called {shorten(recipe)}: {hint}")
 
 
 def _read(path: Path, depth: int) -> dict[str, Any]:
@@ -93,9 +95,20 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
         return tree
     if depth >= _MAX_EXTENDS:
         raise UserError(f"{path}: extends goes more than {_MAX_EXTENDS} recipes deep; does it name itself?")
-    beside = path.parent / str(parent)
-    base = beside if os.path.isfile(beside) else _find(str(parent))  # a name too long for a file is no file
-    return _merge(_read(base, depth + 1), tree)
+    return _merge(_read(_find_parent(path, str(parent)), depth + 1), tree)
+
+
+def _find_parent(path: Path, parent: str) -> Path:
+    beside = path.parent / parent
+    if os.path.isfile(beside):  # not `Path.is_file`: a name too long for a file is no file
+        return beside
+    try:
+        found = _find(parent)
+    except UserError as error:
+        raise UserError(f"recipe {path}: extends: {error}") from None
+    if not os.path.isfile(found):
+        raise UserError(f"recipe {path}: extends {printable(parent)[:100]}: cannot be read; correct the path")
+    return found
 
 
 class _Loader(yaml.SafeLoader):
@@ -164,7 +177,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: ValidationError) -> str:
     """The first mistake: its dotted key, what is wrong, and for an unknown key the nearest known one."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):  # of models, of dataclasses
         return f"{where}: {first['msg']} (got {str(first.get('input'))[:60]!r})"
     *parents, name = first["loc"]

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.models import context_length, read_config, tensor_shapes
+from engines.models import ModelError, context_length, read_config, tensor_shapes
 
 if TYPE_CHECKING:
     from selfguide.config import Engine, Finetuning
@@ -59,6 +59,10 @@ def element_bytes(dtype: str, *, on_gpu: bool) -> int:
 def read_size(folder: Path) -> ModelSize:
     """Raises `ModelError` where the folder is no model."""
     config, shapes = read_config(folder), tensor_shapes(folder)
+    counts = ("num_attention_heads", "num_hidden_layers", "num_key_value_heads", "head_dim", "hidden_size")
+    for key in counts:
+        if type(config.get(key)) not in (int, type(None)):
+            raise ModelError(f"{folder / 'config.json'}: {key} is no whole number; fetch the model again")
     heads = config.get("num_attention_heads") or 1
     return ModelSize(
         num_params=sum(map(prod, shapes.values())),

@@ -52,7 +52,7 @@ class Artifact:
         return self.path / "rows.parquet"
 
     def rows(self) -> list[dict[str, Any]]:
-        return list(pq.read_table(self.rows_path).to_pylist())
+        return _read_rows(self.rows_path)
 
 
 class RunStore:
@@ -83,7 +83,7 @@ class RunStore:
                 return
             self.root.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"format": FORMAT, "created": time.time()}).encode())
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.root}: cannot be used as a run folder ({error}); choose another with --out"
             ) from error
@@ -136,8 +136,14 @@ class Stage:
 
     @property
     def done(self) -> Artifact | None:
+        """The finished stage, or None. Raises `UserError` where its files are not as they were written."""
         marker = self.path / "done.json"
-        return _read_artifact(marker) if marker.is_file() else None
+        if not marker.is_file():
+            return None
+        artifact = _read_artifact(marker)
+        if not artifact.rows_path.is_file() or _file_digest(artifact.rows_path) != artifact.digest:
+            raise UserError(_damaged(artifact.rows_path, "missing, or not as it was written"))
+        return artifact
 
     @property
     def work(self) -> Path:
@@ -178,10 +184,10 @@ class Stage:
         """All events, oldest first; what is left of a torn line is passed over."""
         path = self.path / "events.jsonl" if self.done else self.work / "events.jsonl"
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with suppress(ValueError):
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            with suppress(ValueError, RecursionError):
                 events.append(json.loads(line))
-        return events
+        return [event for event in events if isinstance(event, dict) and event.keys() >= {"event", "time"}]
 
     def suspects(self) -> set[str]:
         """Ids of rows that were in flight when an engine died."""
@@ -203,7 +209,7 @@ class Stage:
         """Rows of all shards up to the first gap, in order: final, whatever happens later."""
         rows: list[dict[str, Any]] = []
         while (path := self._shard(len(rows))).is_file():
-            rows += pq.read_table(path).to_pylist()
+            rows += _read_rows(path)
             if len(rows) % SHARD_ROWS:
                 break  # the last shard of a stage may be short
         return rows
@@ -283,8 +289,25 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema,
 
 
 def _read_artifact(marker: Path) -> Artifact:
-    content = json.loads(marker.read_text(encoding="utf-8"))
-    return Artifact(content["stage"], marker.parent, content["rows_digest"], content)
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        _ = [content[key] for key in ("fingerprint", "inputs", "made_by", "ledger", "seconds", "finished")]
+        return Artifact(content["stage"], marker.parent, content["rows_digest"], content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(_damaged(marker, f"{type(error).__name__}: {error}")) from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(pq.read_table(path).to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(_damaged(path, " ".join(str(error).split())[:200])) from error
+
+
+def _damaged(path: Path, how: str) -> str:
+    """Of a file that was whole once; the stage's folder is made again where it is not there."""
+    folder = path.parent.parent if path.parent.name == "work" else path.parent
+    return f"{path}: is damaged ({how}); move {folder} away, then run the same command to make it again"
 
 
 def _file_digest(path: Path) -> str:
@@ -312,18 +335,13 @@ def busy_seconds(events: Iterable[Mapping[str, Any]]) -> float:
 def _take_lease(work: Path) -> int:
     """A file `lease-<epoch>` names the holder. A holder that is dead, or silent on another host, is succeeded."""
     epoch = _check_free(work)
-    me = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
-        "since": time.time(),
-    }
+    pid = os.getpid()
+    me = {"host": socket.gethostname(), "pid": pid, "started": _process_start(pid), "since": time.time()}
     try:
         write_whole(work / f"lease-{epoch + 1}", json.dumps(me).encode(), replace=False)
     except FileExistsError:
-        raise UserError(
-            f"{work.parent}: another process began here at the same moment; run the command again"
-        ) from None
+        message = f"{work.parent}: another process began here at the same moment; run the command again"
+        raise UserError(message) from None
     (work / f"lease-{epoch}").unlink(missing_ok=True)
     (work / f"epoch-{epoch + 1}").touch()
     return epoch + 1
@@ -334,7 +352,8 @@ def _check_free(work: Path) -> int:
     epoch = _epoch(work)
     lease = work / f"lease-{epoch}"
     if lease.is_file() and _alive(lease):
-        raise UserError(f"{work.parent}: another process is at work here ({lease.read_text()}); wait for it or end it")
+        holder = lease.read_text(encoding="utf-8", errors="replace")
+        raise UserError(f"{work.parent}: another process is at work here ({holder}); wait for it or end it")
     return epoch
 
 
@@ -352,14 +371,16 @@ def leases(root: Path) -> list[tuple[Path, bool]]:
 
 def _epoch(work: Path) -> int:
     """The highest epoch that was ever taken here."""
-    names = [*work.glob("lease-*"), *work.glob("epoch-*")]
-    return max((int(path.name.split("-")[1]) for path in names), default=0)
+    names = (path.name.partition("-")[2] for path in (*work.glob("lease-*"), *work.glob("epoch-*")))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _alive(lease: Path) -> bool:
     """On this machine the process is looked for; on another one its heartbeat is all there is."""
-    holder = json.loads(lease.read_text(encoding="utf-8") or "{}")
-    if holder.get("host") != socket.gethostname():
+    holder: object = None
+    with suppress(ValueError, RecursionError):  # who holds a lease that cannot be read is told by its heartbeat alone
+        holder = json.loads(lease.read_bytes())
+    if not isinstance(holder, dict) or holder.get("host") != socket.gethostname():
         return time.time() - lease.stat().st_mtime < _SILENT_S
     # A process number is used again; together with its start it is not.
     pid = holder.get("pid", 0)

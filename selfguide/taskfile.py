@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
@@ -170,11 +171,12 @@ def _read_text(path: Path) -> str:
 
 
 def _check_file(path: Path) -> None:
-    if not path.exists():
+    # Not `Path.exists` and its like, which raise where a name is too long for a file.
+    if not os.path.exists(path):
         fail(path, "there is no such file: correct the path")
-    if path.is_dir():
+    if os.path.isdir(path):
         fail(path, "this is a folder: name one of the task files in it")
-    if not path.is_file():
+    if not os.path.isfile(path):
         fail(path, "this is no regular file: name a task file")
     if path.suffix.lower() not in SUFFIXES:
         fail(path, f"the suffix {shorten(path.suffix)} is not known: name the file .json, .yaml or .yml")

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -127,7 +128,10 @@ def load_split(root: str | Path, name: str, *, missing_ok: bool = False) -> list
     path = root / "splits" / f"{name}_tasks.txt"
     if not path.is_file():
         fail(path, "there is no such file: give the root of a natural-instructions clone")
-    named = path.read_text(encoding="utf-8").split()
+    try:
+        named = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(path, f"the file cannot be read ({error}): fetch the clone again")
     present = [task for task in named if (root / "tasks" / f"{task}.json").is_file()]
     if len(present) < len(named):
         absent = sorted(set(named) - set(present))
@@ -140,9 +144,12 @@ def load_split(root: str | Path, name: str, *, missing_ok: bool = False) -> list
 
 
 def _expand(path: str) -> list[Path]:
-    exists = Path(path).exists()
+    exists = os.path.exists(path)  # `Path.exists` raises where a name is too long
     matches = [Path(path)] if exists else [Path(match) for match in glob.glob(path, recursive=True)]
-    files = [file for match in matches for file in (_files_in(match) if match.is_dir() else [match])]
+    try:
+        files = [file for match in matches for file in (_files_in(match) if match.is_dir() else [match])]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}): correct its permissions") from None
     if not files:
         place = "holds no .json, .yaml or .yml file" if exists else "matches no file"
         raise UserError(f"{path}: {place}: name task files, a folder of them, or an NI-V2 clone")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 
 from selfguide.errors import UserError
@@ -20,6 +22,7 @@ from selfguide.metrics import (
     rouge_tokenizer,
     score_rows,
 )
+from selfguide.stemmer import stem
 from selfguide.tasks import load_task
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
@@ -92,6 +95,40 @@ def test_rouge_l(prediction: str, references: list[str], expected: float) -> Non
 @given(texts, st.lists(texts, min_size=1, max_size=3))
 def test_rouge_l_equals_rouge_score(prediction: str, references: list[str]) -> None:
     assert rouge_l(prediction, references) == official_rouge(prediction, references)
+
+
+# ---- the stemmer
+
+PORTER = PorterStemmer()
+PIECES = (
+    "ational tional enci anci izer bli alli entli eli ousli ization ation ator alism iveness fulness ousness aliti "
+    "iviti biliti fulli logi icate ative alize iciti ical ful ness al ance ence er ic able ible ant ement ment ent ion "
+    "ou ism ate iti ous ive ize ed ing eed ied ies sses ss s y ll e at bl iz lly"
+).split()
+words = st.tuples(
+    st.text(alphabet="abeilostywxz1", max_size=7), st.lists(st.sampled_from(PIECES), max_size=3).map("".join)
+).map("".join)
+
+
+@given(st.lists(words | st.text(alphabet="aeiouybcdls19", max_size=9), min_size=1, max_size=50))
+def test_stems_are_nltks(some: list[str]) -> None:
+    assert [stem(word) for word in some] == [PORTER.stem(word) for word in some]
+
+
+ODD = "yyyyed dies died spied geologi rationalli 11ed".split()
+
+
+@pytest.mark.parametrize("word", [*PORTER.pool, *ODD])
+def test_stems_of_odd_words_are_nltks(word: str) -> None:
+    assert stem(word) == PORTER.stem(word)
+
+
+def test_stems_of_real_words_are_nltks(ni_v2_dir: Path) -> None:
+    found: set[str] = set()
+    for path in sorted(ni_v2_dir.glob("tasks/*.json"))[::100]:
+        found.update(*(re.findall("[a-z0-9]+", row.input.lower()) for row in load_task(path).instances[:500]))
+    assert len(found) > 5000
+    assert {word: stem(word) for word in found} == {word: PORTER.stem(word) for word in found}
 
 
 def test_rouge_l_equals_rouge_score_on_real_rows(ni_v2_dir: Path) -> None:

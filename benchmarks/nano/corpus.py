@@ -1,7 +1,7 @@
 """The pretraining documents: seeded, endless, in the format of selfguide's plain prompts.
 
 A document is token ids and one loss weight per token: 1 for what must be right (answers, copied words, the word of an
-input that bears its label), FAINT for the rest.
+input that bears its label), PLAIN for the text of inputs that are to be written, FAINT for the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from functools import cache
 
 from benchmarks.nano import operations, tokenizer, wordings, world
 
-FAINT = 0.1
+FAINT = 0.02
+PLAIN = 0.15
 Document = tuple[list[int], list[float]]
 
 
@@ -28,8 +29,18 @@ class _Writer:
         self.ids += ids
         self.weights += [weight] * len(ids)
 
+    def answer(self, text: str, weight: float = 1.0) -> None:
+        """What follows "Output:", and the end of its line."""
+        self.add(f" {text}\n", weight)
+
     def end(self) -> Document:
+        """The last line ends with the document."""
+        if self.ids[-1] == _NEWLINE:
+            return [*self.ids[:-1], 0], self.weights
         return [*self.ids, 0], [*self.weights, FAINT]
+
+
+_NEWLINE = tokenizer.encode("\n")[0]
 
 
 # ---- circuits: copy, repeat, recall
@@ -54,12 +65,11 @@ def repeat(rng: random.Random, which: str) -> Document:
 def copy(rng: random.Random, which: str) -> Document:
     """Input lines whose output is the same line."""
     writer = _Writer()
-    writer.add("Write the words once again.")
+    writer.add("Write the words once again.\n")
     for _ in range(rng.randint(2, 4)):
         line = " ".join(rng.sample(_all_words(), rng.randint(1, 6)))
-        writer.add(f"\n\nInput: {line}\nOutput:")
-        writer.add(f" {line}\n", 1.0)
-        writer.ids.pop(), writer.weights.pop()
+        writer.add(f"\nInput: {line}\nOutput:")
+        writer.answer(line)
     return writer.end()
 
 
@@ -67,13 +77,14 @@ def recall(rng: random.Random, which: str) -> Document:
     """Pairs of words first, then one of each pair asks for the other."""
     keys = rng.sample(_all_words(), 2 * rng.randint(2, 6))
     pairs = list(zip(keys[::2], keys[1::2], strict=True))
-    item = rng.choice(wordings.ITEMS["train"])
+    known = dict(pairs)
+    item = rng.choice(wordings.ITEMS["train"]) if rng.random() < 0.5 else random_item(rng, known)
     writer = _Writer()
-    writer.add("Name the word: " + ", ".join(item.format(c=key, l=value) for key, value in pairs) + ".")
+    writer.add("Name the word: " + ", ".join(item.format(c=key, l=value) for key, value in pairs) + ".\n")
     rng.shuffle(pairs)
     for key, value in pairs:
-        writer.add(f"\n\nInput: {key}\nOutput:")
-        writer.add(f" {value}", 1.0)
+        writer.add(f"\nInput: {key}\nOutput:")
+        writer.answer(value)
     return writer.end()
 
 
@@ -90,8 +101,48 @@ def labels_for(rng: random.Random, attribute: str, which: str) -> dict[str, str]
     return dict(zip(values, rng.sample(_label_words(), len(values)), strict=True))
 
 
+def instruction_for(rng: random.Random, attribute: str, labels: dict[str, str], which: str) -> str:
+    """A wording of the set; in pretraining half are made of random words, so that any wording comes to be understood.
+
+    What shows the label in such a one is that the other words are the same for every value.
+    """
+    if which != "train" or rng.random() < 0.4:
+        return wordings.random_instruction(rng, attribute, labels, which)
+    order = rng.sample(list(labels), len(labels))
+    head = rng.choice(wordings.HEADS["train"])
+    if rng.random() < 0.5:
+        head = _random_head(rng)
+    separator = rng.choice(wordings.SEPARATORS)
+    return wordings.mapping_instruction(attribute, labels, head, random_item(rng, labels), separator, order)
+
+
+def random_item(rng: random.Random, labels: dict[str, str]) -> str:
+    """An item of random words, of which up to two stand between value and label."""
+    while True:
+        before, between, after = rng.randint(0, 3), rng.randint(0, 2), rng.choice((0, 0, 1))
+        words = rng.sample(_frame_words(), before + between + after)
+        if not {*words} & {*labels, *labels.values()}:
+            return " ".join(
+                [*words[:before], "{c}", *words[before : before + between], "{l}", *words[before + between :]]
+            )
+
+
+def _random_head(rng: random.Random) -> str:
+    words = [*rng.sample(_frame_words(), rng.randint(0, 4)), "{t}"]
+    rng.shuffle(words)
+    return " ".join([rng.choice(tokenizer.openings()), *words])
+
+
 @cache
 def _label_words() -> tuple[str, ...]:
+    """Any word but the kept-out labels, and the words of instructions."""
+    kept_out = {word for labels in wordings.LABEL_WORDS.values() for word in labels}
+    return tuple(word for word in _all_words() if word not in kept_out and word not in tokenizer.wording_words())
+
+
+@cache
+def _frame_words() -> tuple[str, ...]:
+    """Any word but the kept-out labels: a student must not learn that these are never labels."""
     kept_out = {word for labels in wordings.LABEL_WORDS.values() for word in labels}
     return tuple(word for word in _all_words() if word not in kept_out)
 
@@ -101,7 +152,7 @@ def genres_for(attribute: str, which: str) -> tuple[int, ...]:
     return tuple(g for g in range(3) if g != absent) if which == "train" else (absent,)
 
 
-def _text(rng: random.Random, attribute: str, value: str, form: str, which: str) -> str:
+def text_for(rng: random.Random, attribute: str, value: str, form: str, which: str) -> str:
     """A text that states the value: a word, a phrase or a sentence."""
     if form == "sentence":
         template = rng.choice(world.templates_with(attribute, genres_for(attribute, which)))
@@ -130,14 +181,14 @@ def classify(form: str, mapped: bool = True) -> Callable[[random.Random, str], D
         labels = labels_for(rng, attribute, which)
         writer = _Writer()
         if mapped:
-            writer.add(wordings.random_instruction(rng, attribute, labels, which))
+            writer.add(f"{instruction_for(rng, attribute, labels, which)}\n")
         else:
-            writer.add(rng.choice(wordings.HEADS[which]).format(t=attribute) + ".")
-        values = _values(rng, labels, rng.randint(3, 6) if mapped else rng.randint(5, 9))
+            writer.add(rng.choice(wordings.HEADS[which]).format(t=attribute) + ".\n")
+        values = _values(rng, labels, rng.randint(4, 7) if mapped else rng.randint(5, 9))
         for index, value in enumerate(values):
-            writer.add(f"\n\nInput: {_text(rng, attribute, value, form, which)}\nOutput:")
+            writer.add(f"\nInput: {text_for(rng, attribute, value, form, which)}\nOutput:")
             known = mapped or value in values[:index]
-            writer.add(f" {labels[value]}", 1.0 if known else FAINT)
+            writer.answer(labels[value], 1.0 if known else FAINT)
         return writer.end()
 
     return document
@@ -155,12 +206,12 @@ def inputs_for_labels(form: str) -> Callable[[random.Random, str], Document]:
     def document(rng: random.Random, which: str) -> Document:
         attribute = rng.choice(list(world.ATTRIBUTES))
         labels = labels_for(rng, attribute, which)
-        instruction = wordings.random_instruction(rng, attribute, labels, which)
+        instruction = instruction_for(rng, attribute, labels, which)
         writer = _Writer()
-        writer.add(f"{instruction}\n\n{tokenizer.INPUTS_HEADS[0]}")
+        writer.add(f"{instruction}\n\n{tokenizer.INPUTS_HEADS[0]}\n")
         for value in _values(rng, labels, rng.randint(4, 9)):
-            writer.add(f"\n\nOutput: {labels[value]}\nInput:")
-            _add_bearing(writer, _text(rng, attribute, value, form, which), attribute)
+            writer.add(f"\nOutput: {labels[value]}\nInput:")
+            _add_bearing(writer, text_for(rng, attribute, value, form, which), attribute)
         return writer.end()
 
     return document
@@ -169,7 +220,8 @@ def inputs_for_labels(form: str) -> Callable[[random.Random, str], Document]:
 def _add_bearing(writer: _Writer, text: str, attribute: str) -> None:
     known = world.values_of_words()
     for word in text.split():
-        writer.add(f" {word}", 1.5 if known.get(word, ("",))[0] == attribute else FAINT)
+        writer.add(f" {word}", 1.5 if known.get(word, ("",))[0] == attribute else PLAIN)
+    writer.add("\n", PLAIN)
 
 
 # ---- generation
@@ -180,13 +232,11 @@ def transform(num_operations: int) -> Callable[[random.Random, str], Document]:
 
     def document(rng: random.Random, which: str) -> Document:
         writer, made = _Writer(), random_transformation(rng, num_operations, which)
-        writer.add(made.instruction)
+        writer.add(f"{made.instruction}\n")
         for _ in range(rng.randint(2, 5)):
             text = word_list_for(made, rng, test=which != "train")
-            writer.add(f"\n\nInput: {text}\nOutput:")
-            writer.add(f" {made.apply(text)}\n", 1.0)
-            writer.ids.pop(), writer.weights.pop()
-        writer.weights[-1] = 1.0
+            writer.add(f"\nInput: {text}\nOutput:")
+            writer.answer(made.apply(text))
         return writer.end()
 
     return document
@@ -215,9 +265,10 @@ def inputs_for_lists(rng: random.Random, which: str) -> Document:
     """Inputs alone, one after another."""
     made = random_transformation(rng, rng.choice((1, 2, 2)), which)
     writer = _Writer()
-    writer.add(f"{made.instruction}\n\n{tokenizer.INPUTS_HEADS[1]}")
+    writer.add(f"{made.instruction}\n\n{tokenizer.INPUTS_HEADS[1]}\n")
     for _ in range(rng.randint(4, 10)):
-        writer.add(f"\n\nInput: {word_list_for(made, rng, test=which != 'train')}", 0.2)
+        writer.add("\nInput:")
+        writer.answer(word_list_for(made, rng, test=which != "train"), PLAIN)
     return writer.end()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -90,10 +90,12 @@ def rope_frequencies(shape: Shape) -> Tensor:
 
 OFFSETS = (1, 1, 2, 3, 4, 2)
 """How far back head h of block 0 looks."""
-PROJECTIONS = (0, 1, 2, 2, 2, 2)
+PROJECTIONS = (0, 1, 1, 1, 1, 0)
 """Heads with the same number see tokens by the same projection, so that their sketches can be compared."""
-MATCHES = ((None, 0), (None, 1), (2, 3), (5, 3), (3, 4), (None, 0))
-"""Block 1, head h: (head of block 0 whose sketch asks, or the token itself; head whose sketch is asked)."""
+MATCHES: tuple[tuple[int | None, int], ...] = ((None, 0), (2, 1), (2, 2), (2, 3), (2, 4), (None, 5))
+"""Block 1, head h: (head of block 0 whose sketch asks, or the token itself; head whose sketch is asked).
+
+At "Output:" the input's last word is two back; its partner stands one to four places behind where it stood before."""
 
 
 def initialise(student: Student, seed: int) -> None:
@@ -107,7 +109,7 @@ def initialise(student: Student, seed: int) -> None:
         for layer in (block.qkv, block.up):
             normal(layer.weight, shape.hidden**-0.5)
         for layer in (block.out, block.down):
-            normal(layer.weight, 0.3 * layer.weight.shape[1] ** -0.5)
+            layer.weight.data.zero_()  # what is written starts from nothing, so that the circuits are not drowned
     normal(student.embed.weight, 1.0 / math.sqrt(shape.hidden))
     with torch.no_grad():
         student.embed.weight[:, 0] = 1.0  # a direction that all positions share, as long as all the rest
@@ -162,10 +164,9 @@ def _matching_heads(student: Student, generator: torch.Generator) -> None:
         asks, asked = MATCHES[head]
         query, key = (_head(block.qkv.weight, which, head, shape).zero_() for which in (0, 1))
         own = _head(first.qkv.weight, 2, asked, shape) if asks is None else _out(first, asks).T
-        read = _out(first, asked).T
-        query[slow], key[slow] = own[slow], read[slow]
+        query[slow], key[slow] = own[slow], _out(first, asked).T[slow]
         gain = math.sqrt(
-            3.0 / _typical_score(student, query, key, OFFSETS[asks] if asks is not None else 0, OFFSETS[asked])
+            3.0 / _typical_score(student, query, key, 0 if asks is None else OFFSETS[asks], OFFSETS[asked])
         )
         query *= gain
         key *= gain
@@ -214,7 +215,6 @@ def export(student: Student, folder: Path, dtype: torch.dtype = torch.bfloat16) 
         weights[f"{name}.mlp.down_proj.weight"] = block.down.weight
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    (folder / "shape.json").write_text(json.dumps(asdict(shape)))
     save_file(
         {k: v.detach().to(dtype).contiguous() for k, v in weights.items()},
         folder / "model.safetensors",

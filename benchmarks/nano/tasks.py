@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,45 +84,47 @@ HELD_IN: dict[str, Classify | Transform] = {
 }  # fmt: skip
 
 
-def build(name: str, num_instances: int = NUM_INSTANCES) -> dict[str, Any]:
-    """The task as an NI-V2 document; deterministic in its name."""
+def build(name: str, num_instances: int = NUM_INSTANCES, draw: int = 0) -> dict[str, Any]:
+    """The task as an NI-V2 document; `draw` numbers other gold examples for the same instances."""
     which = "test" if name in HELD_OUT else "dev"
     spec = (HELD_OUT | HELD_IN)[name]
-    rng = random.Random(name)
-    pairs = _classified(spec, which, rng, num_instances) if isinstance(spec, Classify) else _transformed(
-        spec.made(which), rng, num_instances)  # fmt: skip
-    kind = "Text Categorization" if isinstance(spec, Classify) else "Text to Text"
+    pairs = _pairs(spec, which, random.Random(name), num_instances)
+    gold = _pairs(spec, which, random.Random(f"{name} examples {draw}"), 0, avoid=dict(pairs))
     instruction = spec.instruction(which) if isinstance(spec, Classify) else spec.made(which).instruction
-    examples = len(spec.labels) if isinstance(spec, Classify) else 3
-    gold, rest = pairs[: max(3, examples)], pairs[max(3, examples) :]
     return {
-        "Contributors": ["the selfguide authors"], "Source": ["synthetic"], "URL": [""], "Categories": [kind],
-        "Reasoning": [], "Definition": [instruction], "Input_language": ["English"], "Output_language": ["English"],
-        "Instruction_language": ["English"], "Domains": ["Synthetic"],
+        "Contributors": ["the selfguide authors"], "Source": ["synthetic"], "URL": [""],
+        "Categories": ["Text Categorization" if isinstance(spec, Classify) else "Text to Text"], "Reasoning": [],
+        "Definition": [instruction],
+        "Input_language": ["English"], "Output_language": ["English"], "Instruction_language": ["English"],
+        "Domains": ["Synthetic"],
         "Positive Examples": [{"input": x, "output": y, "explanation": ""} for x, y in gold],
         "Negative Examples": [],
-        "Instances": [{"id": f"{name}-{i}", "input": x, "output": [y]} for i, (x, y) in enumerate(rest)],
+        "Instances": [{"id": f"{name}-{i}", "input": x, "output": [y]} for i, (x, y) in enumerate(pairs)],
         "Instance License": ["Apache 2.0"],
     }  # fmt: skip
 
 
-def _classified(spec: Classify, which: str, rng: random.Random, num_instances: int) -> list[tuple[str, str]]:
-    """One example of each value first (three at least), then instances with values at random; no text twice."""
-    values = rng.sample(list(spec.labels), len(spec.labels))
-    values += rng.choices(list(spec.labels), k=num_instances + max(3, len(values)) - len(values))
+def _pairs(
+    spec: Classify | Transform, which: str, rng: random.Random, count: int, avoid: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """`count` inputs with their outputs, no input twice; for 0, gold examples: three, or one of each label if more."""
     texts: dict[str, str] = {}
-    for value in values:
-        while (text := corpus._text(rng, spec.attribute, value, "sentence", which)) in texts:
-            pass
-        texts[text] = spec.labels[value]
-    return list(texts.items())
-
-
-def _transformed(made: operations.Transformation, rng: random.Random, num_instances: int) -> list[tuple[str, str]]:
-    texts: dict[str, str] = {}
-    while len(texts) < num_instances + 3:
-        text = corpus.word_list_for(made, rng, test=True)
-        texts[text] = made.apply(text)
+    values: list[str] = []
+    if isinstance(spec, Classify):
+        least = max(3, len(spec.labels)) - len(spec.labels)
+        values = rng.choices(list(spec.labels), k=count or least)
+        values = values if count else rng.sample([*spec.labels, *values], k=len(spec.labels) + least)
+    for index in range(count or max(3, len(values))):
+        while not texts or len(texts) == index:
+            if isinstance(spec, Classify):
+                text = corpus.text_for(rng, spec.attribute, values[index], "sentence", which)
+                output = spec.labels[values[index]]
+            else:
+                made = spec.made(which)
+                text = corpus.word_list_for(made, rng, test=True)
+                output = made.apply(text)
+            if text not in (avoid or {}):
+                texts.setdefault(text, output)
     return list(texts.items())
 
 
@@ -135,12 +137,12 @@ def truth(name: str, text: str) -> str | None:
     return None if value is None else spec.labels[value]
 
 
-def write(folder: Path) -> list[Path]:
-    """All tasks as JSON files, sorted by name."""
+def write(folder: Path, names: Iterable[str] = tuple(sorted(HELD_IN | HELD_OUT)), draw: int = 0) -> list[Path]:
+    """The tasks as JSON files."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.json" for name in sorted(HELD_IN | HELD_OUT)]
+    paths = [folder / f"{name}.json" for name in names]
     for path in paths:
-        path.write_text(json.dumps(build(path.stem), indent=1) + "\n")
+        path.write_text(json.dumps(build(path.stem, draw=draw), indent=1) + "\n")
     return paths
 
 

@@ -33,6 +33,13 @@ def words() -> tuple[str, ...]:
 
 
 @cache
+def wording_words() -> frozenset[str]:
+    """Words that the frames of instructions are made of."""
+    frames = [t for some in (wordings.HEADS, wordings.ITEMS) for texts in some.values() for t in texts]
+    return frozenset(word.lower() for t in frames for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", t)))
+
+
+@cache
 def openings() -> tuple[str, ...]:
     """Words that begin an instruction, which no space precedes; the only ones with a capital."""
     heads = [h for frames in wordings.HEADS.values() for h in frames]

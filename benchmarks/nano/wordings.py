@@ -32,15 +32,14 @@ HEADS = {
 
 ITEMS = {
     "train": (
-        "if {c} say {l}", "say {l} if {c}", "{c} means {l}", "answer {l} for {c}", "for {c} answer {l}",
-        "write {l} when it is {c}", "when it is {c} write {l}", "{l} stands for {c}", "call {c} {l}", "use {l} for {c}",
-        "{c} is {l}", "if it is {c} then the answer is {l}", "the answer is {l} if it is {c}",
-        "the word for {c} is {l}", "say {l} whenever you see {c}", "whenever you see {c} you say {l}", "{l} means {c}",
-        "choose {l} for a text about {c}", "for a text about {c} choose {l}",
+        "if {c} say {l}", "{c} means {l}", "for {c} answer {l}", "when it is {c} write {l}", "call {c} {l}",
+        "{c} stands for {l}", "if it is {c} then say {l}", "the word for {c} is {l}", "whenever you see {c} say {l}",
+        "{c} is {l}", "{c} {l}", "for a text about {c} choose {l}", "{c} goes with {l}", "use for {c} the {l}",
     ),
-    "dev": ("reply {l} to {c}", "{c} becomes {l}", "return {l} in case of {c}", "with {c} the output will be {l}"),
-    "test": ("mark {c} as {l}", "put {l} where it is {c}", "{c} should give {l}", "go for {l} on seeing {c}"),
+    "dev": ("{c} becomes {l}", "on {c} reply {l}", "a {c} one will be {l}", "take {c} as {l}"),
+    "test": ("mark {c} as {l}", "{c} should give {l}", "with {c} put {l}", "on seeing {c} go for {l}"),
 }  # fmt: skip
+"""The value first, then, one to three words on, its label."""
 SEPARATORS = (", ", "; ", " and ")
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from engines.models import ModelError, find_model
 from selfguide.config import Recipe
 from selfguide.doctor.machine import GPU, Question, version, visible_gpus
+from selfguide.nano import student_path
 from selfguide.sizes import ModelSize, read_size
 
 Level = Literal["ok", "warning", "error"]
@@ -31,9 +32,15 @@ print(json.dumps(resources))
 """
 _ASK_TOKENIZER = """
 import json, sys
+from engines.models import ModelError
 from engines.tokenizer import load_tokenizer
 try:
-    print(json.dumps({"chat": load_tokenizer(sys.argv[1]).has_chat_template}))
+    tokenizer, template = load_tokenizer(sys.argv[1]), ""
+    try:
+        tokenizer.check_chat_template() if tokenizer.has_chat_template else None
+    except ModelError as error:
+        template = str(error)
+    print(json.dumps({"chat": tokenizer.has_chat_template, "template": template}))
 except (OSError, ValueError) as error:
     print(json.dumps({"error": " ".join(str(error).split())}))
 """
@@ -56,7 +63,7 @@ class Case:
         self.recipe = recipe
         self.out = out
         self.address = recipe.cluster.address or os.environ.get("RAY_ADDRESS") or None
-        self.folder = find_model(recipe.model.path, recipe.model.revision)
+        self.folder = find_model(student_path(recipe.model.path), recipe.model.revision)
         self.reachable = self.address is None or _answers(self.address)
         spec = recipe.cluster.model_copy(update={"address": self.address})
         self.ray = Question(_ASK_RAY, spec.model_dump_json()) if self.reachable else None

@@ -70,6 +70,9 @@ def _check_tokenizer(case: Case) -> Finding:
     wanted = case.recipe.model.prompts
     if wanted == "chat" and not said["chat"]:
         return _NO_TEMPLATE
+    if said["chat"] and wanted != "plain" and said["template"]:
+        found, _, remedy = said["template"].partition("; ")
+        return Finding("prompts", "error", found, remedy)
     if said["chat"] and wanted != "plain":
         return Finding("prompts", "ok", "by the tokenizer's chat template")
     return Finding("prompts", "ok", "plain text" + (", though there is a chat template" if said["chat"] else ""))
