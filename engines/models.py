@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,16 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         return folder.resolve()
     if not is_hub_name(model):
         raise ModelError(f"{model}: no such model folder; give a folder with config.json, or a hub name like org/model")
+    return fetch(model, revision, ("*.json", "*.safetensors", "*.model", "*.jinja"))
+
+
+def fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of the hub's snapshot with the files of these patterns; raises `ModelError` where it has none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]
-            )
-        )
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{model}: not fetched from the hub ({reason}); give a local folder instead") from error

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engines.models import ModelError
+from engines.models import ModelError, fetch, is_hub_name
 
 
 class Tokenizer:
@@ -80,13 +80,17 @@ def load_tokenizer(model: str, revision: str | None = None) -> Tokenizer:
     return Tokenizer(str(Path(model)) if Path(model).is_dir() else model, revision)
 
 
-def load_bpe(folder: Path) -> Any:
-    """GPT-2's kind of byte-level BPE (a `tokenizers.Tokenizer`) from tokenizer.json, or vocab.json and merges.txt.
+def load_bpe(source: str) -> Any:
+    """GPT-2's kind of byte-level BPE (a `tokenizers.Tokenizer`) of a folder or hub name.
 
-    No config is needed beside them. Raises `ValueError` where the files are not there or cannot be read.
+    From tokenizer.json, or vocab.json and merges.txt; no config is needed beside them. Raises `ValueError` where the
+    files are not there or cannot be read.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and is_hub_name(source):
+        folder = fetch(source, None, ("tokenizer.json", "vocab.json", "merges.txt"))
     whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
     if not whole.is_file() and not all(part.is_file() for part in parts):
         raise ValueError("no tokenizer is there")

@@ -19,8 +19,8 @@ from engines.types import EngineSpec
 from selfguide.config import Recipe
 from selfguide.curation import warm_filters
 from selfguide.errors import TaskFailed, UserError
+from selfguide.gpt2 import load_gpt2
 from selfguide.methods import Comparison, self_guide
-from selfguide.nano import student_path
 from selfguide.prompts import Prompts, TooLong
 from selfguide.sizes import MIN_FREE_BYTES, existing, longest_context
 from selfguide.store import RunStore
@@ -132,7 +132,7 @@ def load_student(recipe: Recipe) -> Student:
     if not model.path:
         raise UserError("no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe")
     try:
-        folder = _random_model() if model.path == "random" else resolve_model(student_path(model.path), model.revision)
+        folder = _random_model() if model.path == "random" else resolve_model(model.path, model.revision)
         read_config(folder)
         check_whole(folder)
         longest = longest_context(recipe.engine, folder)
@@ -165,6 +165,8 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
 def check_run(run: TaskRun) -> None:
     """Nothing starts that cannot finish: prompts fit, and there is room on the disk."""
     check_prompts(run.task, run.recipe, run.prompts)
+    if not run.is_english and run.recipe.evaluation.gpt2:
+        load_gpt2(run.recipe.evaluation.gpt2)
     stat = os.statvfs(existing(run.store.root))
     if stat.f_bavail * stat.f_frsize < MIN_FREE_BYTES:
         raise UserError(

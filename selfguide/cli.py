@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from selfguide import cli_checks, cli_demo, cli_replicate
+from selfguide import cli_checks, cli_replicate
 from selfguide.cli_options import (
     AsJson,
     Assume,
@@ -37,7 +37,6 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(cli_checks.app)
-app.add_typer(cli_demo.app)
 app.add_typer(cli_replicate.app)
 
 
@@ -122,16 +121,20 @@ def score(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A row a line: task, prediction, references.")],
     tasks: Annotated[Path | None, typer.Option("--tasks", help="Task files, for categories and languages.")] = None,
     gpt2: Annotated[
-        Path | None, typer.Option("--gpt2", help="Folder with GPT-2's tokenizer, for ROUGE-L of other languages.")
-    ] = None,
+        str,
+        typer.Option(
+            "--gpt2", help="GPT-2's tokenizer, a folder or openai-community/gpt2, for other languages' ROUGE-L."
+        ),
+    ] = "",
     authors: Annotated[bool, typer.Option("--authors", help="Add the SELF-GUIDE authors' own metrics.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score predictions with the official metrics: exact match and ROUGE-L, by task, by category and over all."""
     from selfguide import scoring
+    from selfguide.gpt2 import load_gpt2
     from selfguide.progress import stderr_line
 
-    tokenizer = scoring.load_gpt2(gpt2) if gpt2 else None
+    tokenizer = load_gpt2(gpt2) if gpt2 else None
     document = scoring.score_file(file, tasks, tokenizer, authors=authors)
     for notice in document["notices"]:
         stderr_line(f"notice: {notice}")

@@ -28,8 +28,7 @@ class Model(Section):
     """The student."""
 
     path: str = ""
-    """A model folder, a hub name (org/model), "nano": the embedded student (docs/nano.md), or "random": a small Llama
-    with random weights, made on the spot."""
+    """A model folder, a hub name (org/model), or "random": a small Llama with random weights, made on the spot."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -219,6 +218,9 @@ class Evaluation(Section):
     """Greedy, as published."""
     constrain_labels: bool = False
     """Classification: let the engine write nothing but labels, base and tuned alike."""
+    gpt2: str = ""
+    """GPT-2's tokenizer, by which the official ROUGE-L of other languages than English is computed: a folder, or a hub
+    name (openai-community/gpt2). Empty: it is reported as unavailable."""
     bootstrap_samples: int = Field(default=10_000, ge=100)
     """Resamples of the paired bootstrap."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -29,6 +29,7 @@ from selfguide.calibration import calibrate, likeliest
 from selfguide.config import Sampling as SamplingConfig
 from selfguide.errors import TaskFailed
 from selfguide.finetuning import Adapter
+from selfguide.gpt2 import load_gpt2
 from selfguide.intervals import AUTHORS_METRICS, METRICS
 from selfguide.prompts import TooLong
 from selfguide.records import ACCEPTED, FAILED, Ledger, spent
@@ -87,6 +88,8 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
         "protocol": run.recipe.evaluation.protocol, "constrain": run.recipe.evaluation.constrain_labels,
         "labels_from": run.task.labels_from, "engine": run.recipe.engine.kind,
     }  # fmt: skip
+    if run.recipe.evaluation.gpt2 and not run.is_english:
+        config["gpt2"] = load_gpt2(run.recipe.evaluation.gpt2).digest
     if run.recipe.evaluation.protocol == "official":
         config["instances"] = run.recipe.evaluation.num_instances
     if protocol.num_gold is not None:
@@ -200,9 +203,8 @@ class _Evaluation:
         predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
         exact = [metrics.exact_match(p, r) for p, r in zip(predictions, references, strict=True)]
         rouge: list[float] | list[None] = [None] * len(rows)
-        task = self._run.task  # the official cross-lingual track is every task with another language on either side
-        if task.input_language == task.output_language == "English":
-            rouge = [metrics.rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
+        if score := rouge_of(self._run):
+            rouge = [score(p, r) for p, r in zip(predictions, references, strict=True)]
         scored = [row | {"exact_match": e, "rouge_l": r} for row, e, r in zip(rows, exact, rouge, strict=True)]
         authors = self._run.recipe.evaluation.protocol == "authors"
         return [row | self._authors_score(row) for row in scored] if authors else scored
@@ -231,6 +233,13 @@ class _Evaluation:
             "protocol": self._run.recipe.evaluation.protocol,
         }  # fmt: skip
         return self._stage.finish(rows, SCHEMA, ledger, **facts, **self._stage.tokens())
+
+
+def rouge_of(run: TaskRun) -> Callable[[str, Sequence[str]], float] | None:
+    """The task's official ROUGE-L (prediction, references), or None where its tokenizer is not named."""
+    if run.is_english:
+        return metrics.rouge_l
+    return load_gpt2(run.recipe.evaluation.gpt2).rouge_l if run.recipe.evaluation.gpt2 else None
 
 
 def mean_scores(rows: list[dict[str, Any]]) -> dict[str, Any]:

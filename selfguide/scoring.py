@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from engines.tokenizer import load_bpe
 from selfguide import metrics
 from selfguide.errors import UserError
+from selfguide.gpt2 import GPT2Tokenizer
 from selfguide.tables import make_table, show
 from selfguide.taskfile import describe_type, fail
 from selfguide.tasks import find_tasks, load_task
@@ -38,23 +38,6 @@ class Row:
     @property
     def track(self) -> str:
         return "default" if self.language is None or self.language.lower() == "english" else "xlingual"
-
-
-@dataclass(frozen=True)
-class GPT2Tokenizer:
-    """Text to GPT-2's tokens without the marker of the space before them, as in the official evaluation.
-
-    A token that is nothing but markers becomes an empty one, which is kept, as it is there.
-    """
-
-    bpe: Any
-
-    def __call__(self, text: str) -> list[str]:
-        return [token.lstrip("Ġ") for token in self.bpe.encode(text, add_special_tokens=False).tokens]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.bpe.get_vocab_size())
 
 
 def score_file(
@@ -90,14 +73,6 @@ def read_rows(path: Path) -> Iterator[Row]:
         fail(path, f"the file cannot be read ({error.strerror}): correct the path")
     except UnicodeDecodeError:
         fail(path, "the file is not UTF-8 text: save it as UTF-8")
-
-
-def load_gpt2(folder: Path) -> GPT2Tokenizer:
-    """GPT-2's byte-level BPE from a folder with tokenizer.json, or with vocab.json and merges.txt."""
-    try:
-        return GPT2Tokenizer(load_bpe(folder))
-    except ValueError as error:
-        fail(folder, f"{error}: name a folder with GPT-2's tokenizer.json, or its vocab.json and merges.txt")
 
 
 def show_scores(document: Mapping[str, Any]) -> None:
@@ -199,7 +174,7 @@ def _score_rouge(row: Row, gpt2: GPT2Tokenizer | None) -> float | None:
         return metrics.rouge_l(row.prediction or "", row.references)
     if gpt2 is None:
         return None
-    return metrics.rouge_l_ids(gpt2(row.prediction or ""), [gpt2(text) for text in row.references])
+    return gpt2.rouge_l(row.prediction or "", row.references)
 
 
 Scored = tuple[Row, Mapping[str, float | None]]

@@ -60,6 +60,11 @@ class TaskRun:
         return self.task.kind == "classification" and len(self.task.labels) > 1
 
     @property
+    def is_english(self) -> bool:
+        """The official cross-lingual track is every task with another language on either side."""
+        return self.task.input_language == self.task.output_language == "English"
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether outputs are labels elected over the whole set; generation tasks are sampled in either mode."""
         return self.recipe.annotation.mode == "calibrated" and self.is_classification
