@@ -61,7 +61,7 @@ async def test_a_tokenizer_that_is_not_there_is_known_before_engines_start(
     task = replace(load_task(EXAMPLES / "time_first.json"), output_language="German")
     async with open_simulated(**{"evaluation.gpt2": str(tmp_path / "absent")}) as session:
         run = session.task_run(task, RunStore(tmp_path / "run"), lambda *_: None)
-        with pytest.raises(UserError, match=r"absent: no tokenizer is there: name a folder with GPT-2's tokenizer\.json"):
+        with pytest.raises(UserError, match=r"absent: no tokenizer is there: name a folder with GPT-2's"):
             check_run(run)
 
 
