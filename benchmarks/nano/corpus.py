@@ -152,10 +152,12 @@ def genres_for(attribute: str, which: str) -> tuple[int, ...]:
     return tuple(g for g in range(3) if g != absent) if which == "train" else (absent,)
 
 
-def text_for(rng: random.Random, attribute: str, value: str, form: str, which: str) -> str:
-    """A text that states the value: a word, a phrase or a sentence."""
+def text_for(
+    rng: random.Random, attribute: str, value: str, form: str, which: str, genres: tuple[int, ...] | None = None
+) -> str:
+    """A text that states the value: a word, a phrase or a sentence of one of the genres."""
     if form == "sentence":
-        template = rng.choice(world.templates_with(attribute, genres_for(attribute, which)))
+        template = rng.choice(world.templates_with(attribute, genres or genres_for(attribute, which)))
         made = world.draw(lambda r: world.fill(template, r, {attribute: value}), rng, test=which != "train")
         return made.text
     word = rng.choice(world.bearers(attribute, value))
@@ -209,9 +211,11 @@ def inputs_for_labels(form: str) -> Callable[[random.Random, str], Document]:
         instruction = instruction_for(rng, attribute, labels, which)
         writer = _Writer()
         writer.add(f"{instruction}\n\n{tokenizer.INPUTS_HEADS[0]}\n")
+        # Of one genre, which its first inputs show. Any one: only answering in the absent genre is kept out.
+        genres = (rng.randrange(3),) if which == "train" else None
         for value in _values(rng, labels, rng.randint(4, 9)):
             writer.add(f"\nOutput: {labels[value]}\nInput:")
-            _add_bearing(writer, text_for(rng, attribute, value, form, which), attribute)
+            _add_bearing(writer, text_for(rng, attribute, value, form, which, genres), attribute)
         return writer.end()
 
     return document
