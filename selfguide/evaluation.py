@@ -85,7 +85,7 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
     """Methods that ask in the same way share a stage, whatever they are called."""
     config: dict[str, Any] = {
         "sampling": chosen(protocol.sampling), "num_gold": protocol.num_gold, "num_samples": protocol.num_samples,
-        "protocol": run.recipe.evaluation.protocol, "constrain": run.recipe.evaluation.constrain_labels,
+        "protocol": run.recipe.evaluation.protocol, "constrain": list(_choices(run)) or False,
         "labels_from": run.task.labels_from, "engine": run.recipe.engine.kind,
     }  # fmt: skip
     if run.recipe.evaluation.gpt2 and not run.is_english:
@@ -105,6 +105,11 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
         config["adapter"] = protocol.adapter.ref.digest
         inputs = [protocol.adapter.artifact]
     return run.store.stage("evaluation", run.made_by(VERSION, **config), inputs)
+
+
+def _choices(run: TaskRun) -> tuple[str, ...]:
+    """What answers are constrained to; nothing: ()."""
+    return run.prompts.choices if run.recipe.evaluation.constrain_labels and run.is_classification else ()
 
 
 class _Evaluation:
@@ -151,12 +156,11 @@ class _Evaluation:
 
     def _sampling(self, row: int) -> Sampling:
         protocol, config = self._protocol, self._protocol.sampling
-        constrain = self._run.recipe.evaluation.constrain_labels and self._run.is_classification
         return Sampling(
             n=protocol.num_samples, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
             max_tokens=config.max_tokens, stop=(*config.stop, *self._run.prompts.stops),
             seed=self._run.row_seed("evaluation", row), logprobs=protocol.needs_logprobs,
-            choices=self._run.task.labels if constrain else (),
+            choices=_choices(self._run),
         )  # fmt: skip
 
     def _take(self, row: int, outcome: Outcome) -> None:

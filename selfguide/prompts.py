@@ -100,6 +100,11 @@ class Prompts:
         return tuple(whole if nested else cut)
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """Each label as it stands behind `answer`'s prompt in training rows, with the space before it in plain text."""
+        return tuple(map(self._begun, self._task.labels))
+
+    @property
     def label_room(self) -> int:
         """Tokens to keep free behind a prompt whose labels are weighed: an engine decodes one more."""
         return 1 + max(map(len, self.label_ids))

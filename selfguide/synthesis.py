@@ -67,11 +67,18 @@ def synthesis_stage(run: TaskRun) -> Stage:
     wanted = ("inputs", "samples", "vote", "pairs") if run.target_rows else ("inputs",)
     synthesis = chosen(recipe.synthesis) | {"target_rows": run.target_rows}
     del synthesis["max_failed_share"]  # when to give up changes no row: whoever raises it goes on from there
-    config = {
+    config: dict[str, Any] = {
         "synthesis": synthesis, "annotation": chosen(recipe.annotation),
         "filters": {name: filters[name] for name in wanted}, "engine": recipe.engine.kind,
     }  # fmt: skip
+    if choices := constrained_to(run):
+        config["choices"] = choices
     return run.store.stage("synthesis", run.made_by(VERSION, **config))
+
+
+def constrained_to(run: TaskRun) -> tuple[str, ...]:
+    """All that an answer may be; nothing: ()."""
+    return run.prompts.choices if run.recipe.annotation.constrain_labels and run.is_classification else ()
 
 
 class _Synthesis:
@@ -85,6 +92,7 @@ class _Synthesis:
         self._conditional = self._config.conditional == "always" or (
             self._config.conditional == "auto" and run.is_classification
         )
+        self._choices = constrained_to(run)
         self._rows: list[dict[str, Any]] = []  # launched, in index order
         self._decided = 0  # rows below have a judged input
         self._complete: set[int] = set()  # rows at or above _judged whose outcome is known
@@ -213,11 +221,10 @@ class _Synthesis:
             return []
         parts = [f"output-{number}" if number else "output" for number in range(len(orders))]
         self._answers[row["row"]] = dict.fromkeys(parts)
-        choices = self._run.task.labels if config.constrain_labels and self._run.is_classification else ()
         work = []
         for number, (part, ids) in enumerate(zip(parts, asked, strict=True)):
             share = len(range(number, config.num_samples, len(orders)))
-            sampling = None if weighed else self._sampling(config.sampling, part, row["row"], share, choices)
+            sampling = None if weighed else self._sampling(config.sampling, part, row["row"], share, self._choices)
             work.append(self._request(row["row"], part, ids, sampling))
         return work
 

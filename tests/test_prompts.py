@@ -110,6 +110,15 @@ def test_a_training_row_is_the_prompt_the_output_and_the_end(make: Make, tokeniz
         )
 
 
+def test_choices_begin_as_training_rows_do(make: Make, tokenizer: Tokenizer) -> None:
+    """A student that is held to labels writes what it was trained on."""
+    prompts = make()
+    for label, choice in zip(TASK.labels, prompts.choices, strict=True):
+        ids, cut = prompts.training("Milk.", label, ROOM, None)
+        assert choice.strip() == label
+        assert tokenizer.decode(ids[cut:], specials=True).startswith(choice)
+
+
 def test_a_prompts_text_is_what_its_tokens_say(make: Make, tokenizer: Tokenizer) -> None:
     prompts = make()
     for prompt in (prompts.answer("Snow.", 1), prompts.new_input(1, SYNTHETIC, "red", 1)):

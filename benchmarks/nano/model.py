@@ -92,10 +92,15 @@ OFFSETS = (1, 1, 2, 3, 4, 2)
 """How far back head h of block 0 looks."""
 PROJECTIONS = (0, 1, 1, 1, 1, 0)
 """Heads with the same number see tokens by the same projection, so that their sketches can be compared."""
-MATCHES: tuple[tuple[int | None, int], ...] = ((None, 0), (2, 1), (2, 2), (2, 3), (2, 4), (None, 5))
-"""Block 1, head h: (head of block 0 whose sketch asks, or the token itself; head whose sketch is asked).
+MATCHES: tuple[tuple[int | None, int | None, tuple[int, ...]], ...] = (
+    (None, 0, ()), (2, 1, ()), (2, 2, ()), (2, 3, ()), (2, None, (1, 2)), (2, None, (2, 3)),
+)  # fmt: skip
+"""Block 1, head h: (what asks, what is asked, what is copied). A number is the sketch of that head of block 0, None the
+token itself, () copies the token itself.
 
-At "Output:" the input's last word is two back; its partner stands one to four places behind where it stood before."""
+At "Output:" the input's last word is two back: its partner stands one to three places behind where it stood before. At
+"Input:" the label is two back: what it stands for is one to three places before it.
+"""
 
 
 def initialise(student: Student, seed: int) -> None:
@@ -161,18 +166,22 @@ def _matching_heads(student: Student, generator: torch.Generator) -> None:
     shape, first, block = student.shape, student.blocks[0], student.blocks[1]
     slow = [i + half for half in (0, HEAD // 2) for i in range(6, HEAD // 2)]
     for head in range(shape.heads):
-        asks, asked = MATCHES[head]
+        asks, asked, copied = MATCHES[head]
         query, key = (_head(block.qkv.weight, which, head, shape).zero_() for which in (0, 1))
-        own = _head(first.qkv.weight, 2, asked, shape) if asks is None else _out(first, asks).T
-        query[slow], key[slow] = own[slow], _out(first, asked).T[slow]
-        gain = math.sqrt(
-            3.0 / _typical_score(student, query, key, 0 if asks is None else OFFSETS[asks], OFFSETS[asked])
-        )
+        tokens = _head(first.qkv.weight, 2, 1 if asked is None else asked, shape)
+        own, read = (tokens if one is None else _out(first, one).T for one in (asks, asked))
+        query[slow], key[slow] = own[slow], read[slow]
+        back = [0 if one is None else OFFSETS[one] for one in (asks, asked)]
+        gain = math.sqrt(3.0 / _typical_score(student, query, key, *back))
         query *= gain
         key *= gain
         value = _head(block.qkv.weight, 2, head, shape).zero_()
         value[:, 1:] = _orthonormal(HEAD, shape.hidden - 1, generator)
-        _out(block, head).copy_(0.5 * value.T / _value_length(shape))
+        write = value.clone()
+        if copied:  # what the sketches hold, brought back to tokens
+            write = _head(first.qkv.weight, 2, copied[0], shape)
+            value.copy_(1.3 * _value_length(shape) * torch.stack([_out(first, one).T for one in copied]).sum(0))
+        _out(block, head).copy_(0.5 * write.T / _value_length(shape))
 
 
 def _typical_score(student: Student, query: Tensor, key: Tensor, asks_back: int, asked_back: int) -> float:

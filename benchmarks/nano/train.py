@@ -28,11 +28,11 @@ STEP_TOKENS = 2048
 
 CURRICULUM: tuple[tuple[float, dict[str, float]], ...] = (
     (0.6e6, {"repeat": 0.35, "copy": 0.2, "recall": 0.25, "words": 0.2}),
-    (2e6, {"repeat": 0.05, "copy": 0.06, "recall": 0.14, "words": 0.10, "mapped_words": 0.18, "mapped_phrases": 0.22,
-           "inputs_words": 0.1, "single": 0.12, "inputs_lists": 0.03}),
-    (math.inf, {"repeat": 0.02, "copy": 0.04, "recall": 0.06, "words": 0.03, "mapped_words": 0.05,
-                "mapped_phrases": 0.12, "mapped_sentences": 0.25, "inputs_words": 0.03, "inputs_phrases": 0.05,
-                "inputs_sentences": 0.15, "single": 0.06, "pair": 0.12, "inputs_lists": 0.02}),
+    (2e6, {"repeat": 0.05, "copy": 0.06, "recall": 0.14, "words": 0.10, "mapped_words": 0.16, "mapped_phrases": 0.20,
+           "inputs_words": 0.16, "single": 0.10, "inputs_lists": 0.03}),
+    (math.inf, {"repeat": 0.02, "copy": 0.04, "recall": 0.05, "words": 0.03, "mapped_words": 0.05,
+                "mapped_phrases": 0.10, "mapped_sentences": 0.23, "inputs_words": 0.08, "inputs_phrases": 0.08,
+                "inputs_sentences": 0.15, "single": 0.05, "pair": 0.10, "inputs_lists": 0.02}),
 )  # fmt: skip
 """Until that many tokens, these shares of documents."""
 
