@@ -73,5 +73,5 @@ def check_succession(run: Path) -> None:
     for artifact in RunStore(run).task("sentiment").artifacts():
         events = [json.loads(line) for line in (artifact.path / "events.jsonl").read_text().splitlines()]
         epochs = [event["epoch"] for event in events if event["event"] == "begin"]
-        assert epochs == list(range(1, len(epochs) + 1))
-        assert len(epochs) == 2 or artifact.stage in ("evaluation", "comparison")
+        assert epochs == sorted(set(epochs))  # one that died with its lease fresh has left no event
+        assert epochs[-1] == 2 or artifact.stage in ("evaluation", "comparison")

@@ -44,7 +44,7 @@ async def test_rows_are_the_first_of_the_run_that_would_follow(
     shown = document["rows"]
     assert [one["label"] for one in shown] == [row["label"] for row in rows]
     assert [one["input"] for one in shown] == [row["input"] for row in rows]
-    assert [[s["raw"] for s in one["samples"]] for one in shown] == [
+    assert [[s["raw"].strip() for s in one["samples"]] for one in shown] == [
         [sample["text"] for sample in row["samples"] or []] for row in rows
     ]
 
