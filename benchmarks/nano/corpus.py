@@ -102,7 +102,7 @@ def labels_for(rng: random.Random, attribute: str, which: str) -> dict[str, str]
 
 
 def instruction_for(rng: random.Random, attribute: str, labels: dict[str, str], which: str) -> str:
-    """A wording of the set; in pretraining half are made of random words, so that any wording comes to be understood.
+    """A wording of the set; in pretraining most are made of random words, so that any wording comes to be understood.
 
     What shows the label in such a one is that the other words are the same for every value.
     """

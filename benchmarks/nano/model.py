@@ -35,7 +35,7 @@ class Shape:
         return self.hidden // HEAD
 
 
-class Block(nn.Module):  # type: ignore[misc]
+class Block(nn.Module):  # type: ignore[misc]  # torch has no types here
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         h = shape.hidden
@@ -58,7 +58,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-class Student(nn.Module):  # type: ignore[misc]
+class Student(nn.Module):  # type: ignore[misc]  # likewise
     """A Llama with tied embeddings."""
 
     def __init__(self, shape: Shape) -> None:

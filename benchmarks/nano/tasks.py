@@ -1,7 +1,8 @@
 """The benchmark: held-in and held-out tasks in NI-V2's format. `python -m benchmarks.nano.tasks FOLDER` writes them.
 
-Held out from pretraining are the wordings, the label words, the pairs of operations, for each attribute the genre of
-its sentences, and by the hash rule of `world.is_test` every test instance. All choices are made on the held-in tasks,
+Held out from pretraining are the wordings, the label words, the pairs of operations, for each attribute one genre of
+sentences in documents that answer (not in those that write inputs), and by the hash rule of `world.is_test` every test
+instance. All choices are made on the held-in tasks,
 whose wordings, label words and pairs differ from those of the held-out ones.
 """
 
