@@ -1,1 +1,1 @@
-"""How the embedded student and its benchmark are made: a synthetic world, its corpus, the training, the measurement."""
+"""How a small student and its benchmark are made: a synthetic world, its corpus, the training, the measurement."""

@@ -136,8 +136,7 @@ def _random_head(rng: random.Random) -> str:
 @cache
 def _label_words() -> tuple[str, ...]:
     """Any word but the kept-out labels, and the words of instructions."""
-    kept_out = {word for labels in wordings.LABEL_WORDS.values() for word in labels}
-    return tuple(word for word in _all_words() if word not in kept_out and word not in tokenizer.wording_words())
+    return tuple(word for word in _frame_words() if word not in tokenizer.wording_words())
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Measures SELF-GUIDE with the embedded student against every control, task by task and seed by seed.
+"""Measures SELF-GUIDE with a small student against every control, task by task and seed by seed.
 
 python -m benchmarks.nano.measure --set held_in|held_out [--seeds 3] [--tasks N] [--out DIR]
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/nano-bench"))
     parser.add_argument("--recipe", default="nano", help="the recipe of the best levers")
     parser.add_argument("--published", default=str(HERE / "published.yaml"), help="the recipe as published")
-    parser.add_argument("--model", help="another student's folder")
+    parser.add_argument("--model", help="the student's folder")
     asyncio.run(measure(parser.parse_args()))
 
 

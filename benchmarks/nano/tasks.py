@@ -2,8 +2,8 @@
 
 Held out from pretraining are the wordings, the label words, the pairs of operations, for each attribute one genre of
 sentences in documents that answer (not in those that write inputs), and by the hash rule of `world.is_test` every test
-instance. All choices are made on the held-in tasks,
-whose wordings, label words and pairs differ from those of the held-out ones.
+instance. All choices are made on the held-in tasks, whose wordings, label words and pairs differ from those of the
+held-out ones.
 """
 
 from __future__ import annotations

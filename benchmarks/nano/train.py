@@ -1,4 +1,4 @@
-"""Trains the embedded student: `python -m benchmarks.nano.train FOLDER --tokens 30e6`. Resumes from its checkpoint.
+"""Trains a small student: `python -m benchmarks.nano.train FOLDER --tokens 30e6`. Resumes from its checkpoint.
 
 Writes gates.jsonl (accuracy of each kind of document, on text, wordings and label words of the set "dev"),
 checkpoint.pt, and a Hugging Face folder at every gate.
@@ -46,7 +46,7 @@ def batches(seed: int, state: State) -> Iterator[tuple[Tensor, Tensor]]:
         kind = rng.choices(list(mixture), list(mixture.values()))[0]
         document = corpus.KINDS[kind](rng, "train")
         length = next((length for length in LENGTHS if len(document[0]) <= length), None)
-        if length is None:
+        if length is None:  # longer than a step takes; hardly ever
             continue
         waiting[length].append(document)
         if len(waiting[length]) * length >= STEP_TOKENS:
