@@ -45,7 +45,7 @@ VICTIMS = {
 """Who is killed in which stage, lap by lap."""
 SETTINGS = {"synthesis.target_rows": "null", "synthesis.num_candidates": "200"}
 """Several shards; and rows whose number does not depend on what they say."""
-TITLES = {"actor": "ray::EngineActor", "core": "VLLM::EngineCore", "trainer": "ray::_train"}
+TITLES = {"actor": "ray::EngineActor", "core": "VLLM::EngineCore", "trainer": "ray::TrainerActor.train"}
 RAY_AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")
 """They do no work of ours, and look for their dead head for a minute before they end."""
 GONE_S = 120.0

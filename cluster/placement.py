@@ -45,17 +45,19 @@ class ClusterSpec(BaseModel):
     """Engine actors, each with its own copy of the student."""
     engine_cpus: float = Field(default=1.0, gt=0)
     """CPUs reserved for each engine actor; on the CPU build also its threads."""
+    num_trainers: int = Field(default=1, ge=1)
+    """Trainers that may work side by side; each starts with the first job that finds the others busy."""
     trainer_cpus: float = Field(default=1.0, gt=0)
-    """CPUs reserved for a trainer; on a machine without GPUs also its threads."""
+    """CPUs reserved for each trainer; on a machine without GPUs also its threads."""
     gpus_per_trainer: float = Field(default=1.0, ge=0)
-    """GPUs of one trainer; not used on CPUs."""
+    """GPUs of one trainer; more than one shard the student over them (FSDP2), on one node. Not used on CPUs."""
     limits: Limits = Limits()
     """When work counts as stalled, and how often engines may die."""
 
 
 def needed_cpus(spec: ClusterSpec) -> float:
-    """Logical CPUs for all engines, one trainer and Ray Data side by side."""
-    return spec.num_engines * spec.engine_cpus + spec.trainer_cpus + DATA_CPUS
+    """Logical CPUs for all engines, all trainers and Ray Data side by side."""
+    return spec.num_engines * spec.engine_cpus + spec.num_trainers * spec.trainer_cpus + DATA_CPUS
 
 
 def local_cpus(spec: ClusterSpec) -> int:
@@ -78,19 +80,21 @@ def place(spec: ClusterSpec, tensor_parallel: int, resources: dict[str, float]) 
     """Raises `PlacementError` where the cluster can never hold what is asked for."""
     if resources.get("CPU", 0.0) < needed_cpus(spec):
         raise PlacementError(
-            f"the recipe needs {needed_cpus(spec):g} CPUs (engines, trainer, {DATA_CPUS:g} for Ray Data), the cluster "
-            f"has {resources.get('CPU', 0.0):g}; lower cluster.num_engines or cluster.engine_cpus"
+            f"the recipe needs {needed_cpus(spec):g} CPUs (engines, trainers, {DATA_CPUS:g} for Ray Data), the cluster "
+            f"has {resources.get('CPU', 0.0):g}; lower cluster.num_engines, cluster.engine_cpus or cluster.num_trainers"
         )
     gpus = resources.get("GPU", 0.0)
     if spec.device == "cpu" or (spec.device == "auto" and not gpus):
         return Placement(0, 0, time_shared=False)
-    engines = spec.num_engines * tensor_parallel
-    if gpus >= engines + spec.gpus_per_trainer:
+    if spec.gpus_per_trainer > 1 and spec.gpus_per_trainer % 1:
+        raise PlacementError(f"cluster.gpus_per_trainer {spec.gpus_per_trainer:g}: a part of one GPU, or whole ones")
+    engines, trainers = spec.num_engines * tensor_parallel, spec.num_trainers * spec.gpus_per_trainer
+    if gpus >= engines + trainers:
         return Placement(tensor_parallel, spec.gpus_per_trainer, time_shared=False)
-    if gpus == engines == spec.gpus_per_trainer == 1:
+    if gpus == engines == trainers == spec.num_trainers == 1:
         return Placement(0.5, 0.5, time_shared=True)  # halves of one GPU for Ray; each takes its turn at the whole
     remedy = "lower cluster.num_engines or engine.tensor_parallel" if gpus else "set cluster.device: cpu"
     raise PlacementError(
-        f"the recipe needs {engines + spec.gpus_per_trainer:g} GPUs ({spec.num_engines} engines x {tensor_parallel}, "
-        f"{spec.gpus_per_trainer:g} for a trainer), the cluster has {gpus:g}; {remedy}"
+        f"the recipe needs {engines + trainers:g} GPUs ({spec.num_engines} engines x {tensor_parallel}, "
+        f"{spec.num_trainers} trainers x {spec.gpus_per_trainer:g}), the cluster has {gpus:g}; {remedy}"
     )

@@ -1,81 +1,268 @@
-"""Finetuning jobs as Ray tasks: a fresh process each, with resources of its own."""
+"""Finetuning jobs on warm trainers: the client that any process may hold, the queue behind it, and the processes.
+
+A job takes seconds, so one queue serves them all: first come, first served, over every trainer of the cluster. It owns
+the trainers' processes: those of a queue that dies end with it, and nobody goes on writing into a job's folder.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from engines.sft import PROGRESS_FILE, train
+from cluster.placement import ClusterSpec, Placement
+from cluster.pool import as_future
+from engines.sft import PROGRESS_FILE, Finetuner
 from engines.types import TrainResult, TrainSpec
 
 _POLL_S = 0.5
 _MAX_CRASHES = 3
+_LAST_WORDS_S = 5.0
+"""How long the other processes of a sharded trainer have to say what became of them, once one has failed."""
+Progress = Callable[[dict[str, Any]], None]
 
 
 class TrainingFailed(Exception):
     """The job itself raised, or its process died `_MAX_CRASHES` times. Checkpoints stay for the next try."""
 
 
-class Trainers:
-    """Where finetuning jobs run. `num_gpus` is 0 on machines without."""
+@dataclass(frozen=True)
+class TrainerShape:
+    """What one trainer takes. CPUs and GPUs are those of its processes together, which share one node."""
 
-    def __init__(self, num_cpus: float, num_gpus: float) -> None:
-        # max_calls=1: the process ends with its job and gives all memory back. An environment of its own keeps it from
-        # taking, and ending, a process that Ray Data has warmed up.
-        self._train = ray.remote(
-            num_cpus=num_cpus, num_gpus=num_gpus, max_calls=1, max_retries=0,
-            runtime_env={"env_vars": {"SELFGUIDE_ROLE": "trainer"}},
-        )(_train)  # fmt: skip
+    num_cpus: float
+    num_gpus: float = 0.0
+    num_processes: int = 1
+    stays: bool = True
+    """Whether its processes outlive a job. On a GPU that an engine takes in turn they must not: a process that has
+    used CUDA holds some of its memory until it ends."""
+    start_s: float = 900.0
+
+
+class Trainers:
+    """Where finetuning jobs run. Travels between processes."""
+
+    def __init__(self, num_trainers: int, shape: TrainerShape) -> None:
+        # Ray sends a call again to a queue that it has restarted; the job then goes on from its last checkpoint.
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=_MAX_CRASHES)(TrainerQueue)
+        self._queue = remote.remote(num_trainers, shape)
 
     async def train(
-        self, spec: TrainSpec, rows: Path, work: Path, progress: Callable[[dict[str, Any]], None] = lambda _: None
+        self, spec: TrainSpec, rows: Path, work: Path, progress: Progress = lambda _: None
     ) -> TrainResult:
         """Trains on the Parquet file `rows`; `work` holds checkpoints and, at the end, the adapters.
 
-        A trainer whose process dies goes on from its last whole checkpoint. `progress` hears each step once.
+        A trainer whose process dies goes on from its last whole checkpoint; a job of another client in the same `work`
+        is ended first, since that client is dead. `progress` hears each step once. Raises `TrainingFailed`.
         """
+        folder = str(work.resolve())
+        job = asyncio.ensure_future(as_future(self._queue.train.remote(spec, str(rows.resolve()), folder)))
         heard = 0
-        for attempt in range(1, _MAX_CRASHES + 1):
-            job = asyncio.ensure_future(self._run(spec, rows, work))
-            try:
-                while not job.done():
-                    await asyncio.wait([job], timeout=_POLL_S)
-                    heard = _report_steps(work / PROGRESS_FILE, heard, progress)
-                return await job
-            except RayTaskError as error:
-                raise TrainingFailed(str(error.cause)) from error
-            except (WorkerCrashedError, OutOfMemoryError) as error:
-                if attempt == _MAX_CRASHES:
-                    raise TrainingFailed(f"the trainer's process died {attempt} times (out of memory?)") from error
-            finally:
-                if not job.done():  # the caller was cancelled: the process must not go on writing into `work`
-                    job.cancel()
-                    await asyncio.wait([job])
-        raise AssertionError("unreachable")
-
-    async def _run(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
-        reference = self._train.remote(spec, str(rows), str(work))
         try:
-            result: TrainResult = await reference
-        except asyncio.CancelledError:
-            ray.cancel(reference, force=True)
-            raise
-        return result
+            while not job.done():
+                await asyncio.wait([job], timeout=_POLL_S)
+                heard = _report_steps(work / PROGRESS_FILE, heard, progress)
+            return job.result()
+        except RayTaskError as error:
+            raise TrainingFailed(str(error.cause)) from error
+        except RayActorError as error:
+            raise TrainingFailed("the trainers' queue died, again and again") from error
+        finally:
+            if not job.done():  # the caller was cancelled: the process must not go on writing into `work`
+                with suppress(RayError):
+                    await as_future(self._queue.abandon.remote(folder))
+                job.cancel()
+
+    def stop(self) -> None:
+        """Ends the queue and, through it, every trainer."""
+        ray.kill(self._queue)
 
 
-def _train(spec: TrainSpec, rows: str, work: str) -> TrainResult:
-    return train(spec, Path(rows), Path(work))
+def start_trainers(cluster: ClusterSpec, placement: Placement) -> Trainers:
+    """Trainers as the cluster holds them. A process starts with the first job that needs it."""
+    shape = TrainerShape(
+        num_cpus=cluster.trainer_cpus, num_gpus=placement.gpus_per_trainer,
+        num_processes=max(1, int(placement.gpus_per_trainer)), stays=not placement.time_shared,
+        start_s=cluster.limits.start_s,
+    )  # fmt: skip
+    return Trainers(cluster.num_trainers, shape)
 
 
-def _report_steps(path: Path, heard: int, progress: Callable[[dict[str, Any]], None]) -> int:
+def _report_steps(path: Path, heard: int, progress: Progress) -> int:
     """Reports the lines after the first `heard`, and returns how many there are now. A line may be half written."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     for line in lines[heard:]:
         progress(json.loads(line))
     return len(lines)
+
+
+# ---- the queue
+
+
+class TrainerQueue:
+    """The actor that gives each job a trainer in turn."""
+
+    def __init__(self, num_trainers: int, shape: TrainerShape) -> None:
+        self._turn = asyncio.Semaphore(num_trainers)  # first in, first out
+        self._idle = [_Trainer(shape) for _ in range(num_trainers)]
+        self._jobs: dict[str, asyncio.Task[TrainResult]] = {}
+
+    async def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        job = asyncio.create_task(self._run(self._jobs.get(work), spec, rows, work))
+        self._jobs[work] = job
+        try:
+            return await job
+        except asyncio.CancelledError:
+            raise TrainingFailed("given up by its client, or begun anew by another") from None
+        finally:
+            if self._jobs[work] is job:
+                del self._jobs[work]
+
+    async def abandon(self, work: str) -> None:
+        """Once this returns, nothing writes into `work` any more."""
+        if work in self._jobs:
+            await _end(self._jobs[work])
+
+    async def _run(
+        self, orphan: asyncio.Task[TrainResult] | None, spec: TrainSpec, rows: str, work: str
+    ) -> TrainResult:
+        if orphan is not None:
+            await _end(orphan)
+        async with self._turn:
+            trainer = self._idle.pop()  # the one that was busy last: it is warm
+            try:
+                return await trainer.train(spec, rows, work)
+            finally:
+                self._idle.append(trainer)
+
+
+async def _end(job: asyncio.Task[Any]) -> None:
+    job.cancel()
+    await asyncio.wait([job])
+
+
+# ---- a trainer and its processes
+
+
+class _Trainer:
+    """A trainer's processes: one, or one for each of its GPUs. They start with a job and end where one fails."""
+
+    def __init__(self, shape: TrainerShape) -> None:
+        self._shape = shape
+        self._processes: list[Any] = []
+        self._group: Any = None
+
+    async def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        for attempt in range(1, _MAX_CRASHES + 1):
+            try:
+                return await self._try(spec, rows, work)
+            except RayTaskError as error:
+                raise TrainingFailed(str(error.cause)) from error
+            except (RayActorError, OutOfMemoryError) as error:
+                if attempt == _MAX_CRASHES:
+                    raise TrainingFailed(f"the trainer's process died {attempt} times (out of memory?)") from error
+        raise AssertionError("unreachable")
+
+    async def _try(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        calls: list[asyncio.Future[TrainResult]] = []
+        done = False
+        try:
+            if not self._processes:
+                await self._start()
+            calls = [asyncio.ensure_future(as_future(one.train.remote(spec, rows, work))) for one in self._processes]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            await _hear_out(calls)
+            done = True
+            return calls[0].result()
+        finally:
+            if not (done and self._shape.stays):
+                self._stop()
+            if not done:
+                await asyncio.gather(*calls, return_exceptions=True)  # they raise once the processes are gone
+
+    async def _start(self) -> None:
+        shape, count = self._shape, self._shape.num_processes
+        num_cpus = shape.num_cpus / count
+        options: dict[str, Any] = {
+            "num_cpus": num_cpus if num_cpus < 1 else int(num_cpus),  # Ray takes whole ones, or a part of one
+            "num_gpus": shape.num_gpus / count,
+        }
+        if count > 1:
+            bundle = {"CPU": shape.num_cpus} | ({"GPU": shape.num_gpus} if shape.num_gpus else {})
+            self._group = placement_group([bundle], strategy="STRICT_PACK")
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, 0)
+        # An environment of its own keeps a trainer from taking a process that Ray Data has warmed up.
+        remote = ray.remote(runtime_env={"env_vars": {"SELFGUIDE_ROLE": "trainer"}}, **options)(TrainerActor)
+        self._processes = [remote.remote() for _ in range(count)]
+        try:
+            await asyncio.wait_for(self._join(), shape.start_s)
+        except TimeoutError:
+            wanted = f"{shape.num_cpus:g} CPUs" + (f" and {shape.num_gpus:g} GPUs" if shape.num_gpus else "")
+            raise TrainingFailed(f"no trainer started in {shape.start_s:g} s: is a node with {wanted} free?") from None
+
+    async def _join(self) -> None:
+        """Tells each process of the others, before any of them loads PyTorch."""
+        places = await asyncio.gather(*(as_future(one.place.remote()) for one in self._processes))
+        if len(places) > 1:
+            port, gpus = places[0][0], [gpu for _, gpus in places for gpu in gpus]
+            ranks = range(len(places))
+            joined = [self._processes[rank].join.remote(rank, len(places), port, gpus) for rank in ranks]
+            await asyncio.gather(*map(as_future, joined))
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            ray.kill(process)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._processes, self._group = [], None
+
+
+async def _hear_out(calls: Sequence[asyncio.Future[TrainResult]]) -> None:
+    """Raises what went wrong: where a process died, that, and not what the others said when they lost it."""
+    failed = [call for call in calls if call.done() and call.exception()]
+    if not failed:
+        return
+    if len(calls) > 1:
+        await asyncio.wait(calls, timeout=_LAST_WORDS_S)
+    errors = [error for call in calls if call.done() and (error := call.exception())]
+    raise next((one for one in errors if not isinstance(one, RayTaskError)), errors[0])
+
+
+class TrainerActor:
+    """One process that finetunes: a whole trainer, or its share of a sharded one."""
+
+    def __init__(self) -> None:
+        self._finetuner: Finetuner | None = None
+
+    def place(self) -> tuple[int, list[str]]:
+        """A free port of this node, and the GPUs that Ray gave to this process."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1], [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+
+    def join(self, rank: int, num_ranks: int, port: int, gpus: Sequence[str]) -> None:
+        """What `torchrun` would set. Each process sees all GPUs of the trainer, or NCCL could not copy between them."""
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+    def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        """What goes wrong is told in words: its type may be of a library that no other process should load."""
+        if self._finetuner is None:
+            self._finetuner = Finetuner()
+        try:
+            return self._finetuner.train(spec, Path(rows), Path(work))
+        except Exception as error:
+            raise TrainingFailed(str(error) or type(error).__name__) from error

@@ -1,11 +1,13 @@
-"""The only file that knows TRL and PEFT: one supervised finetuning job, from a file of rows to an adapter.
+"""The only file that knows TRL and PEFT: supervised finetuning jobs, each from a file of rows to an adapter.
 
-Runs in a process of its own. Rows come tokenized, by the same prompt code that samples and evaluates, so nothing is
-templated, truncated or dropped here; loss is on the completion alone.
+Runs in a process of its own, or, where the environment is that of `torchrun`, in one process for each GPU. Rows come
+tokenized, by the same prompt code that samples and evaluates, so nothing is templated, truncated or dropped here; loss
+is on the completion alone.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -16,21 +18,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engines.models import resolve_model, weights_digest
+from engines.base_model import BaseModel
+from engines.models import weights_digest
 from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 
 _IGNORE = -100  # the label that PyTorch's cross-entropy leaves out
 PROGRESS_FILE = "progress.jsonl"
 
 
-def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
-    """Finetunes `spec.model` on the Parquet file `rows` (columns `input_ids`, `prompt_tokens`).
+class Finetuner:
+    """Jobs one after another in one process. An adapter does not depend on the jobs before it; after one that raised,
+    the process is not to be used again."""
 
-    `work` keeps a checkpoint per epoch; a second call goes on from the last whole one. The adapters (or full weights)
-    end up in `work/epoch-N`, and the caller drops `work` once they are safe: optimizer states are most of its bytes.
-    `work/progress.jsonl` has one line per optimizer step.
-    """
-    _quieten()
+    def __init__(self) -> None:
+        _quieten()
+        self._base = BaseModel()
+
+    def train(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
+        """Finetunes `spec.model` on the Parquet file `rows` (columns `input_ids`, `prompt_tokens`).
+
+        `work` keeps a checkpoint per epoch; a second call goes on from the last whole one. The adapters (or full
+        weights) end up in `work/epoch-N`, and the caller drops `work` once they are safe: optimizer states are most of
+        its bytes. `work/progress.jsonl` has one line per optimizer step. Of several processes, the first one writes.
+        """
+        result = _train(self._base, spec, rows, work)
+        self._base.take_back()
+        _forget_job()
+        return result
+
+
+def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
+    """One job alone; see `Finetuner.train`."""
+    return Finetuner().train(spec, rows, work)
+
+
+def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
     import pyarrow.parquet as pq
 
     began = time.monotonic()
@@ -39,15 +61,18 @@ def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
         raise ValueError(f"{rows}: no rows to train on")
     steps_per_epoch = math.ceil(len(data) / (spec.batch_size * spec.gradient_accumulation))
     spec = replace(spec, epochs=max(spec.epochs, math.ceil(spec.min_steps / steps_per_epoch)))
-    trainer = _build_trainer(spec, data, work)
+    trainer = _build_trainer(base, spec, data, work)
     picked = _pick_canaries(data, spec.canary_rows)
-    before = [_completion_logprobs(trainer.model, row) for row in picked]
+    waits = spec.method == "lora" and _num_processes() > 1  # until it is sharded, the model lies in main memory
+    before = [] if waits else _completion_logprobs(trainer.model, picked)
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
-    after = [_completion_logprobs(trainer.model, row) for row in picked]
-    checkpoints = _export(spec, work)
+    after = _completion_logprobs(trainer.model, picked)
+    if waits:
+        with trainer.model.disable_adapter():
+            before = _completion_logprobs(trainer.model, picked)
     completion_tokens = sum(len(row["input_ids"]) - row["prompt_tokens"] for row in data)
     return TrainResult(
-        checkpoints=checkpoints,
+        checkpoints=_export(spec, work) if _is_first() else (),
         loss_curve=tuple(_loss_curve(trainer.state.log_history)),
         tokens=spec.epochs * sum(len(row["input_ids"]) for row in data),
         completion_tokens=spec.epochs * completion_tokens,
@@ -57,6 +82,26 @@ def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
         train_s=time.monotonic() - began,
         canaries=tuple(_canary(r, b, a) for r, b, a in zip(picked, before, after, strict=True)),
     )
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _forget_job() -> None:
+    """What a job leaves in the process: Accelerate's states, which all its objects share, and memory in cycles."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _quieten() -> None:
@@ -69,26 +114,24 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-def _build_trainer(spec: TrainSpec, data: Sequence[dict[str, Any]], work: Path) -> Any:
+def _build_trainer(base: BaseModel, spec: TrainSpec, data: Sequence[dict[str, Any]], work: Path) -> Any:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     on_cpu = not torch.cuda.is_available()
-    folder = resolve_model(spec.model, spec.revision)
-    # Full weights train in float32 under autocast: in pure bfloat16 small updates round to nothing.
-    dtype = torch.float32 if on_cpu or spec.method == "full" else torch.bfloat16
-    torch.manual_seed(spec.seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    per_process, rest = divmod(spec.batch_size, _num_processes())
+    if rest:
+        raise ValueError(f"batch_size {spec.batch_size} cannot be shared by {_num_processes()} GPUs")
+    model, tokenizer = base.lend(spec, keep=_num_processes() == 1)
     config = SFTConfig(
-        output_dir=str(work), num_train_epochs=spec.epochs, per_device_train_batch_size=spec.batch_size,
+        output_dir=str(work), num_train_epochs=spec.epochs, per_device_train_batch_size=per_process,
         gradient_accumulation_steps=spec.gradient_accumulation, learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.scheduler, warmup_steps=spec.warmup_ratio, weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm, seed=spec.seed, data_seed=spec.seed, logging_steps=1, save_strategy="epoch",
         save_total_limit=None if spec.keep_epochs else 1, report_to="none", bf16=not on_cpu, use_cpu=on_cpu,
-        gradient_checkpointing=spec.gradient_checkpointing, dataloader_pin_memory=not on_cpu, disable_tqdm=True,
+        dataloader_pin_memory=not on_cpu, disable_tqdm=True, **_sharding(spec, on_cpu),
         max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
     )  # fmt: skip
     lora = LoraConfig(
@@ -98,12 +141,20 @@ def _build_trainer(spec: TrainSpec, data: Sequence[dict[str, Any]], work: Path) 
     rows = [{"input_ids": row["input_ids"], "labels": _labels(row)} for row in data]
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(rows), peft_config=lora,
-        processing_class=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        callbacks=[_progress_callback(work / PROGRESS_FILE)],
+        processing_class=tokenizer, callbacks=[_progress_callback(work / PROGRESS_FILE)],
     )  # fmt: skip
     if len(trainer.train_dataset) != len(data):
         raise AssertionError(f"TRL kept {len(trainer.train_dataset)} of {len(data)} rows")
     return trainer
+
+
+def _sharding(spec: TrainSpec, on_cpu: bool) -> dict[str, Any]:
+    """FSDP2 splits what is trained and what is not over the GPUs, layer by layer, and has a recomputation of its own.
+    Processes on CPUs, which only try the launch, each hold the whole model."""
+    if on_cpu or _num_processes() == 1:
+        return {"gradient_checkpointing": spec.gradient_checkpointing}
+    config = {"version": 2, "activation_checkpointing": spec.gradient_checkpointing}
+    return {"gradient_checkpointing": False, "fsdp": True, "fsdp_config": config}
 
 
 def _labels(row: dict[str, Any]) -> list[int]:
@@ -116,7 +167,7 @@ def _progress_callback(path: Path) -> Any:
 
     class WriteSteps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if logs and "loss" in logs:
+            if logs and "loss" in logs and state.is_world_process_zero:
                 line = {"step": state.global_step, "steps": state.max_steps, "loss": float(logs["loss"])}
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -130,7 +181,8 @@ def _last_whole_checkpoint(work: Path) -> str | None:
         try:
             json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError):
-            shutil.rmtree(folder)
+            if _is_first():
+                shutil.rmtree(folder)
         else:
             return str(folder)
     return None
@@ -167,18 +219,21 @@ def _pick_canaries(data: Sequence[dict[str, Any]], count: int) -> list[dict[str,
     return [data[i * len(data) // count] for i in range(count)]
 
 
-def _completion_logprobs(model: Any, row: dict[str, Any]) -> tuple[float, ...]:
-    """Natural-log probability of each completion token, in float32, dropout off."""
+def _completion_logprobs(model: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[float, ...]]:
+    """Natural-log probability of each row's completion tokens, in float32, row by row, dropout off."""
     import torch
 
     was_training = model.training
     model.eval()
-    ids = torch.tensor([row["input_ids"]], device=model.device)
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, row["prompt_tokens"] - 1 : -1].float()
-    picked = torch.log_softmax(logits, -1).gather(1, ids[0, row["prompt_tokens"] :, None])
+    scores = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, row["prompt_tokens"] - 1 : -1].float()
+        picked = torch.log_softmax(logits, -1).gather(1, ids[0, row["prompt_tokens"] :, None])
+        scores.append(tuple(picked[:, 0].tolist()))
     model.train(was_training)
-    return tuple(picked[:, 0].tolist())
+    return scores
 
 
 def _canary(row: dict[str, Any], before: tuple[float, ...], after: tuple[float, ...]) -> Canary:

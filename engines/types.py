@@ -261,8 +261,6 @@ class TrainSpec:
     """How many training rows are scored before and after, to prove the adapter in the engine later."""
     keep_epochs: bool = False
     """Keep the checkpoint of every epoch (a search over epochs wants them)."""
-    num_cpus: float = 1.0
-    gpus_per_trainer: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

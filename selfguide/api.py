@@ -99,7 +99,7 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
     from cluster.fleet import start_engines, stop_engines
     from cluster.pool import EnginesLost, Pool
     from cluster.session import ray_session
-    from cluster.trainers import Trainers
+    from cluster.trainers import start_trainers
 
     clock = asyncio.get_running_loop().time
     began = clock()
@@ -117,11 +117,12 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
         except EnginesLost as error:
             raise TaskFailed(str(error)) from error
         pool = Pool(actors, int(1.75 * recipe.engine.max_num_seqs), cluster.limits)
-        trainers = Trainers(cluster.trainer_cpus, placement.gpus_per_trainer)
+        trainers = start_trainers(cluster, placement)
         progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
         try:
             yield Session(recipe, student, pool, trainers, placement.time_shared, clock() - began)
         finally:
+            trainers.stop()
             await pool.close()
             stop_engines(actors)
 

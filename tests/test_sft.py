@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.kill_drill import descendants
-from cluster.trainers import Trainers, TrainingFailed
+from cluster.trainers import Trainers, TrainerShape, TrainingFailed
 from engines.adapters import check_adapter, check_weights
 from engines.models import model_digest, weights_digest
 from engines.sft import PROGRESS_FILE, train
@@ -70,7 +70,7 @@ def make_work(path: Path) -> Path:
 
 def trainers() -> list[int]:
     """Trainers that this process has started, through Ray."""
-    return [pid for pid, command in descendants(os.getpid()).items() if command.startswith("ray::_train")]
+    return [pid for pid, command in descendants(os.getpid()).items() if command.startswith("ray::TrainerActor")]
 
 
 def steps_of(work: Path) -> list[int]:
@@ -81,9 +81,10 @@ def steps_of(work: Path) -> list[int]:
 
 
 def _first_batch(spec: TrainSpec, rows: Path, work: Path) -> list[tuple[list[int], list[int], list[int]]]:
+    from engines.base_model import BaseModel
     from engines.sft import _build_trainer
 
-    batch = next(iter(_build_trainer(spec, pq.read_table(rows).to_pylist(), work).get_train_dataloader()))
+    batch = next(iter(_build_trainer(BaseModel(), spec, pq.read_table(rows).to_pylist(), work).get_train_dataloader()))
     columns = (batch[key].tolist() for key in ("input_ids", "labels", "attention_mask"))
     return list(zip(*columns, strict=True))
 
@@ -205,7 +206,7 @@ async def test_a_killed_trainer_ends_with_the_same_adapter(
 ) -> None:
     long = replace(spec, epochs=25)
     work, heard = make_work(tmp_path / "killed"), []
-    job = asyncio.create_task(Trainers(1, 0).train(long, rows, work, lambda step: heard.append(step["step"])))
+    job = asyncio.create_task(Trainers(1, TrainerShape(1)).train(long, rows, work, lambda step: heard.append(step["step"])))
     while not list(work.glob("checkpoint-*/trainer_state.json")):
         assert not job.done()
         await asyncio.sleep(0.01)
@@ -224,7 +225,7 @@ async def test_a_cancelled_job_leaves_no_process(
     ray_cluster: dict[str, float], spec: TrainSpec, rows: Path, tmp_path: Path
 ) -> None:
     work = make_work(tmp_path / "work")
-    job = asyncio.create_task(Trainers(1, 0).train(replace(spec, epochs=10_000), rows, work))
+    job = asyncio.create_task(Trainers(1, TrainerShape(1)).train(replace(spec, epochs=10_000), rows, work))
     while not (work / PROGRESS_FILE).exists():
         assert not job.done()
         await asyncio.sleep(0.05)
@@ -241,4 +242,4 @@ async def test_what_the_job_raises_is_reported(ray_cluster: dict[str, float], sp
     columns = {"input_ids": pa.array([], pa.list_(pa.int32())), "prompt_tokens": pa.array([], pa.int32())}
     pq.write_table(pa.table(columns), empty)
     with pytest.raises(TrainingFailed, match="no rows to train on"):
-        await Trainers(1, 0).train(spec, empty, make_work(tmp_path / "work"))
+        await Trainers(1, TrainerShape(1)).train(spec, empty, make_work(tmp_path / "work"))
