@@ -71,11 +71,7 @@ class VllmEngine:
 
     @property
     def mixes_adapters(self) -> bool:
-        """The CPU build's LoRA kernels take slot -1, "no adapter", for the last slot: once all slots are full, rows of
-        the untuned student that share a step with an adapter's rows are answered by the adapter in that slot."""
-        from vllm.platforms import current_platform
-
-        return not current_platform.is_cpu()
+        return True
 
     def serves(self, ref: AdapterRef | None) -> bool:
         """Whether requests with this adapter can be sent now; if not, `load_adapter` while nothing is in flight."""
@@ -271,6 +267,8 @@ def _engine_args(spec: EngineSpec, folder: Path) -> Any:
     if current_platform.is_cpu():
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(spec.kv_cache_gib)))
         args["enforce_eager"] = True
+        if spec.max_loras:
+            args["worker_extension_cls"] = "engines.cpu_lora.GroupedLora"
         # A seeded row whose prompt is cut into chunks kills the core (CPU generators have no offset): whole prompts.
         longest = spec.max_model_len or context_length(folder)
         args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(spec.max_num_batched_tokens, longest)}
