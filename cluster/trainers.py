@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import socket
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -58,16 +59,14 @@ class Trainers:
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=_MAX_CRASHES)(TrainerQueue)
         self._queue = remote.remote(num_trainers, shape)
 
-    async def train(
-        self, spec: TrainSpec, rows: Path, work: Path, progress: Progress = lambda _: None
-    ) -> TrainResult:
+    async def train(self, spec: TrainSpec, rows: Path, work: Path, progress: Progress = lambda _: None) -> TrainResult:
         """Trains on the Parquet file `rows`; `work` holds checkpoints and, at the end, the adapters.
 
         A trainer whose process dies goes on from its last whole checkpoint; a job of another client in the same `work`
         is ended first, since that client is dead. `progress` hears each step once. Raises `TrainingFailed`.
         """
-        folder = str(work.resolve())
-        job = asyncio.ensure_future(as_future(self._queue.train.remote(spec, str(rows.resolve()), folder)))
+        ticket, folder = uuid.uuid4().hex, str(work.resolve())
+        job = asyncio.ensure_future(as_future(self._queue.train.remote(ticket, spec, str(rows.resolve()), folder)))
         heard = 0
         try:
             while not job.done():
@@ -80,8 +79,8 @@ class Trainers:
             raise TrainingFailed("the trainers' queue died, again and again") from error
         finally:
             if not job.done():  # the caller was cancelled: the process must not go on writing into `work`
-                with suppress(RayError):
-                    await as_future(self._queue.abandon.remote(folder))
+                with suppress(RayActorError):
+                    await as_future(self._queue.cancel.remote(ticket, folder))
                 job.cancel()
 
     def stop(self) -> None:
@@ -117,22 +116,28 @@ class TrainerQueue:
         self._turn = asyncio.Semaphore(num_trainers)  # first in, first out
         self._idle = [_Trainer(shape) for _ in range(num_trainers)]
         self._jobs: dict[str, asyncio.Task[TrainResult]] = {}
+        self._cancelled: set[str] = set()
 
-    async def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
-        job = asyncio.create_task(self._run(self._jobs.get(work), spec, rows, work))
+    async def train(self, ticket: str, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        job = asyncio.create_task(self._run(self._jobs.get(work), spec, rows, work), name=ticket)
         self._jobs[work] = job
+        if ticket in self._cancelled:
+            job.cancel()
         try:
             return await job
         except asyncio.CancelledError:
-            raise TrainingFailed("given up by its client, or begun anew by another") from None
+            raise TrainingFailed("cancelled by its client, or begun anew by another") from None
         finally:
             if self._jobs[work] is job:
                 del self._jobs[work]
 
-    async def abandon(self, work: str) -> None:
-        """Once this returns, nothing writes into `work` any more."""
-        if work in self._jobs:
-            await _end(self._jobs[work])
+    async def cancel(self, ticket: str, work: str) -> None:
+        """Once this returns, that job writes nothing any more. Ray may run it before the call that it cancels."""
+        job = self._jobs.get(work)
+        if job is not None and job.get_name() == ticket:
+            await _end(job)
+        else:
+            self._cancelled.add(ticket)
 
     async def _run(
         self, orphan: asyncio.Task[TrainResult] | None, spec: TrainSpec, rows: str, work: str
@@ -239,6 +244,12 @@ async def _hear_out(calls: Sequence[asyncio.Future[TrainResult]]) -> None:
     raise next((one for one in errors if not isinstance(one, RayTaskError)), errors[0])
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class TrainerActor:
     """One process that finetunes: a whole trainer, or its share of a sharded one."""
 
@@ -247,9 +258,7 @@ class TrainerActor:
 
     def place(self) -> tuple[int, list[str]]:
         """A free port of this node, and the GPUs that Ray gave to this process."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1], [str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+        return free_port(), ray.get_runtime_context().get_accelerator_ids()["GPU"]
 
     def join(self, rank: int, num_ranks: int, port: int, gpus: Sequence[str]) -> None:
         """What `torchrun` would set. Each process sees all GPUs of the trainer, or NCCL could not copy between them."""

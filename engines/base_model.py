@@ -25,7 +25,7 @@ class _Kept:
 
 
 class BaseModel:
-    """Keeps at most one model. Jobs that change the weights themselves load their own, and nothing is kept meanwhile."""
+    """Keeps at most one model. Jobs that train its weights load their own, and nothing is kept meanwhile."""
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None

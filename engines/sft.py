@@ -131,7 +131,8 @@ def _build_trainer(base: BaseModel, spec: TrainSpec, data: Sequence[dict[str, An
         lr_scheduler_type=spec.scheduler, warmup_steps=spec.warmup_ratio, weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm, seed=spec.seed, data_seed=spec.seed, logging_steps=1, save_strategy="epoch",
         save_total_limit=None if spec.keep_epochs else 1, report_to="none", bf16=not on_cpu, use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu, disable_tqdm=True, **_sharding(spec, on_cpu),
+        gradient_checkpointing=spec.gradient_checkpointing, fsdp=_is_sharded(on_cpu), dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
         max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
     )  # fmt: skip
     lora = LoraConfig(
@@ -148,13 +149,11 @@ def _build_trainer(base: BaseModel, spec: TrainSpec, data: Sequence[dict[str, An
     return trainer
 
 
-def _sharding(spec: TrainSpec, on_cpu: bool) -> dict[str, Any]:
-    """FSDP2 splits what is trained and what is not over the GPUs, layer by layer, and has a recomputation of its own.
-    Processes on CPUs, which only try the launch, each hold the whole model."""
-    if on_cpu or _num_processes() == 1:
-        return {"gradient_checkpointing": spec.gradient_checkpointing}
-    config = {"version": 2, "activation_checkpointing": spec.gradient_checkpointing}
-    return {"gradient_checkpointing": False, "fsdp": True, "fsdp_config": config}
+def _is_sharded(on_cpu: bool) -> bool:
+    """Whether FSDP2 splits all weights over the processes, layer by layer. On CPUs, which Accelerate does not shard,
+    each process holds the whole model. FSDP's own recomputation is left alone: it renames modules, and PEFT then saves
+    no adapter."""
+    return _num_processes() > 1 and not on_cpu
 
 
 def _labels(row: dict[str, Any]) -> list[int]:

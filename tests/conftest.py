@@ -18,7 +18,7 @@ from selfguide.api import Session, open_session
 from selfguide.config import Recipe
 from selfguide.recipefile import load_recipe
 
-pytest_plugins = ["ni_data", "lora"]
+pytest_plugins = ["ni_data", "lora", "tests.training"]
 
 REPO = Path(__file__).parent.parent
 EXAMPLES = REPO / "selfguide" / "examples"

@@ -1,81 +1,19 @@
-"""The finetuning job: what it learns from, that it is reproducible, and that kills do not change it."""
+"""The finetuning job: what it learns from, that it is reproducible, and that it goes on where it ended."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.kill_drill import descendants
-from cluster.trainers import Trainers, TrainerShape, TrainingFailed
 from engines.adapters import check_adapter, check_weights
-from engines.models import model_digest, weights_digest
-from engines.sft import PROGRESS_FILE, train
+from engines.models import weights_digest
+from engines.sft import train
 from engines.tokenizer import load_tokenizer
 from engines.types import TrainResult, TrainSpec
-
-PAIRS = [(f"Say what follows {i}.\n", f"{i + 1} follows") for i in range(8)]
-Run = Callable[..., Any]
-
-
-def _compute_on_one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[Run]:
-    """`in_process(function, *arguments)` runs it in a process that TRL is loaded into once, on one thread."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _compute_on_one_thread) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
-@pytest.fixture(scope="module")
-def spec(random_student: Path) -> TrainSpec:
-    return TrainSpec(
-        model=str(random_student), base_digest=model_digest(random_student), epochs=2, learning_rate=5e-3,
-        batch_size=2, lora_rank=4, lora_alpha=8, seed=7,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def rows(random_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts, completions and the end of sequence, as finetuning writes them."""
-    tokenizer = load_tokenizer(str(random_student))
-    prompts = [tokenizer.encode(prompt) for prompt, _ in PAIRS]
-    completions = [[*tokenizer.encode(completion), tokenizer.eos_id] for _, completion in PAIRS]
-    columns = {
-        "input_ids": [p + c for p, c in zip(prompts, completions, strict=True)],
-        "prompt_tokens": [len(prompt) for prompt in prompts],
-    }
-    path = tmp_path_factory.mktemp("rows") / "train.parquet"
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def make_work(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def trainers() -> list[int]:
-    """Trainers that this process has started, through Ray."""
-    return [pid for pid, command in descendants(os.getpid()).items() if command.startswith("ray::TrainerActor")]
-
-
-def steps_of(work: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (work / PROGRESS_FILE).read_text().splitlines()]
-
+from tests.training import PAIRS, Run, make_work, steps_of
 
 # ---- what it learns from
 
@@ -181,7 +119,7 @@ def test_a_row_lost_on_the_way_fails_the_job(in_process: Run, spec: TrainSpec, r
     assert in_process(_train_with_a_row_lost, spec, rows, make_work(tmp_path / "work")) == "TRL kept 7 of 8 rows"
 
 
-# ---- kills
+# ---- going on
 
 
 def test_a_second_call_goes_on_from_the_last_checkpoint(
@@ -199,47 +137,3 @@ def test_a_second_call_goes_on_from_the_last_checkpoint(
     assert second.checkpoints == first.checkpoints
     assert second.canaries == first.canaries
     assert second.loss_curve == first.loss_curve
-
-
-async def test_a_killed_trainer_ends_with_the_same_adapter(
-    ray_cluster: dict[str, float], in_process: Run, spec: TrainSpec, rows: Path, tmp_path: Path
-) -> None:
-    long = replace(spec, epochs=25)
-    work, heard = make_work(tmp_path / "killed"), []
-    job = asyncio.create_task(Trainers(1, TrainerShape(1)).train(long, rows, work, lambda step: heard.append(step["step"])))
-    while not list(work.glob("checkpoint-*/trainer_state.json")):
-        assert not job.done()
-        await asyncio.sleep(0.01)
-    [trainer] = trainers()
-    os.kill(trainer, signal.SIGKILL)
-    killed = await job
-    undisturbed = in_process(train, long, rows, make_work(tmp_path / "undisturbed"))
-    assert killed.checkpoints[-1].digest == undisturbed.checkpoints[-1].digest
-    assert killed.loss_curve == undisturbed.loss_curve
-    assert killed.canaries == undisturbed.canaries
-    assert heard == steps_of(work), "a step was reported twice or not at all"
-    assert heard.count(1) == 1, "it began from the start"
-
-
-async def test_a_cancelled_job_leaves_no_process(
-    ray_cluster: dict[str, float], spec: TrainSpec, rows: Path, tmp_path: Path
-) -> None:
-    work = make_work(tmp_path / "work")
-    job = asyncio.create_task(Trainers(1, TrainerShape(1)).train(replace(spec, epochs=10_000), rows, work))
-    while not (work / PROGRESS_FILE).exists():
-        assert not job.done()
-        await asyncio.sleep(0.05)
-    assert trainers()
-    job.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await job
-    while trainers():
-        await asyncio.sleep(0.05)
-
-
-async def test_what_the_job_raises_is_reported(ray_cluster: dict[str, float], spec: TrainSpec, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.parquet"
-    columns = {"input_ids": pa.array([], pa.list_(pa.int32())), "prompt_tokens": pa.array([], pa.int32())}
-    pq.write_table(pa.table(columns), empty)
-    with pytest.raises(TrainingFailed, match="no rows to train on"):
-        await Trainers(1, TrainerShape(1)).train(spec, empty, make_work(tmp_path / "work"))
