@@ -23,7 +23,7 @@ class Limits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     start_s: float = Field(default=900.0, gt=0)
-    """An engine that is not ready after this long is given up."""
+    """An engine or a trainer that is not ready after this long is given up."""
     first_step_s: float = Field(default=600.0, gt=0)
     """The longest wait for an engine's first step, which may compile."""
     stall_s: float = Field(default=180.0, gt=0)

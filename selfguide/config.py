@@ -259,5 +259,13 @@ class Recipe(Section):
             raise ValueError("the margin filter needs annotation.mode: calibrated; set it, or take the filter out")
         return filters
 
+    @field_validator("cluster")
+    @classmethod
+    def _check_shards(cls, cluster: ClusterSpec, info: ValidationInfo) -> ClusterSpec:
+        finetuning, gpus = info.data.get("finetuning"), cluster.gpus_per_trainer
+        if finetuning is not None and gpus > 1 and finetuning.batch_size % gpus:
+            raise ValueError(f"{gpus:g} gpus_per_trainer cannot share finetuning.batch_size {finetuning.batch_size}")
+        return cluster
+
 
 Filters.model_rebuild()

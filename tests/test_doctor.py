@@ -183,7 +183,7 @@ def test_one_gpu_is_shared_in_turn_and_two_are_split(
     with_gpus(H100)
     assert "take turns on one GPU" in examined()["placement"].found
     with_gpus(H100, H100)
-    assert "trainers on 1 GPU each" in examined()["placement"].found
+    assert "1 trainer on 1 GPU each" in examined()["placement"].found
     assert "lower cluster.num_engines" in examined(**{"cluster.num_engines": 4})["placement"].found
 
 
@@ -334,6 +334,11 @@ def test_a_student_on_gpus(
     assert "13.0 GiB of a GPU's 79.6 GiB" in found["fit"].found
     assert examined(**path, **{"finetuning.method": "full"})["trainer"].level == "error"
     assert examined(**path, **{"cluster.gpus_per_trainer": 0.5})["trainer"].level == "ok"
+    sharded = {"cluster.gpus_per_trainer": 2, "finetuning.method": "full"}
+    assert "on 2 GPUs" in examined(**path, **sharded)["trainer"].found
+    assert examined(**path, **sharded)["trainer"].level == "ok"
+    assert "(1 engines x 1, 1 trainers x 2), the cluster has 2" in examined(**path, **sharded)["placement"].found
+    assert "whole ones" in examined(**path, **{"cluster.gpus_per_trainer": 1.6})["placement"].found
     with_gpus(SMALL)
     small = examined(**path)
     assert "no room for a row of 8,192 tokens" in small["fit"].found

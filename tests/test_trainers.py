@@ -160,10 +160,11 @@ async def test_jobs_of_many_clients_take_their_turn(
 ) -> None:
     """One trainer, and jobs of this process and of another one."""
     works = [make_work(tmp_path / f"{number}") for number in range(4)]
+    kept = replace(spec, keep_epochs=True)
     async with open_trainers() as one:
-        elsewhere = _train_elsewhere.remote(one, spec, rows, works[0])
+        elsewhere = _train_elsewhere.remote(one, kept, rows, works[0])
         await until(lambda: has_begun(works[0]))
-        here = [one.train(spec, rows, work) for work in works[1:]]
+        here = [one.train(kept, rows, work) for work in works[1:]]
         results = [*await asyncio.gather(*here), await elsewhere]
         assert len(trainers()) == 1
     assert len({result.checkpoints[-1].digest for result in results}) == 1
@@ -174,10 +175,21 @@ async def test_jobs_of_many_clients_take_their_turn(
 # ---- deaths, errors, cancelled jobs
 
 
+@pytest.fixture(scope="module")
+def long(spec: TrainSpec) -> TrainSpec:
+    """Long enough to be killed between two checkpoints."""
+    return replace(spec, epochs=25)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(in_process: Run, long: TrainSpec, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    result: TrainResult = in_process(train, long, rows, tmp_path_factory.mktemp("undisturbed"))
+    return result
+
+
 async def test_a_killed_trainer_ends_with_the_same_adapter(
-    open_trainers: OpenTrainers, in_process: Run, spec: TrainSpec, rows: Path, tmp_path: Path
+    open_trainers: OpenTrainers, undisturbed: TrainResult, long: TrainSpec, rows: Path, tmp_path: Path
 ) -> None:
-    long = replace(spec, epochs=25)
     work, heard = make_work(tmp_path / "killed"), []
     async with open_trainers() as killed:
         job = asyncio.create_task(killed.train(long, rows, work, lambda step: heard.append(step["step"])))
@@ -185,23 +197,21 @@ async def test_a_killed_trainer_ends_with_the_same_adapter(
         [trainer] = trainers()
         os.kill(trainer, signal.SIGKILL)
         result = await job
-    undisturbed = in_process(train, long, rows, make_work(tmp_path / "undisturbed"))
     assert learnt(result) == learnt(undisturbed)
     assert heard == steps_of(work), "a step was reported twice or not at all"
     assert heard.count(1) == 1, "it began from the start"
 
 
 async def test_a_killed_queue_loses_no_job(
-    open_trainers: OpenTrainers, in_process: Run, spec: TrainSpec, rows: Path, tmp_path: Path
+    open_trainers: OpenTrainers, undisturbed: TrainResult, long: TrainSpec, rows: Path, tmp_path: Path
 ) -> None:
-    long = replace(spec, epochs=25)
     work = make_work(tmp_path / "killed")
     async with open_trainers() as orphaned:
         job = asyncio.create_task(orphaned.train(long, rows, work))
         await until(lambda: list(work.glob("checkpoint-*/trainer_state.json")), job)
         ray.kill(orphaned._queue, no_restart=False)
         result = await job
-    assert learnt(result) == learnt(in_process(train, long, rows, make_work(tmp_path / "undisturbed")))
+    assert learnt(result) == learnt(undisturbed)
 
 
 async def test_a_cancelled_job_leaves_no_process_and_harms_no_other(
@@ -254,13 +264,15 @@ async def test_what_can_never_start_is_given_up(
 
 
 async def test_a_trainer_of_two_processes_learns_what_one_learns(
-    open_trainers: OpenTrainers, spec: TrainSpec, rows: Path, random_student: Path, tmp_path: Path
+    open_trainers: OpenTrainers,
+    undisturbed: TrainResult,
+    long: TrainSpec,
+    rows: Path,
+    random_student: Path,
+    tmp_path: Path,
 ) -> None:
     """On CPUs each of them holds the whole model. One of them is killed on the way."""
-    long = replace(spec, epochs=8)
     work = make_work(tmp_path / "two")
-    async with open_trainers() as single:
-        one = await single.train(long, rows, make_work(tmp_path / "one"))
     async with open_trainers(num_cpus=2, num_processes=2) as pair:
         job = asyncio.create_task(pair.train(long, rows, work))
         await until(lambda: list(work.glob("checkpoint-*/trainer_state.json")), job)
@@ -270,7 +282,7 @@ async def test_a_trainer_of_two_processes_learns_what_one_learns(
         with pytest.raises(TrainingFailed, match="batch_size 3 cannot be shared by 2 GPUs"):
             await pair.train(replace(long, batch_size=3), rows, make_work(tmp_path / "odd"))
     check_adapter(two.checkpoints[-1], random_student, max_rank=4)
-    check_alike(two, one)
+    check_alike(two, undisturbed)
 
 
 def check_alike(result: TrainResult, expected: TrainResult) -> None:

@@ -62,10 +62,10 @@ def check_placement(case: Case) -> Iterator[Finding]:
 def _describe(case: Case, placement: Placement) -> str:
     cluster = case.recipe.cluster
     engines = f"{cluster.num_engines} engine{'s' if cluster.num_engines > 1 else ''}"
+    trainers = f"{cluster.num_trainers} trainer{'s' if cluster.num_trainers > 1 else ''}"
     if placement.time_shared:
         return f"{engines} and the trainer take turns on one GPU: the engine sleeps while the trainer works"
     if placement.gpus_per_engine:
-        return (
-            f"{engines} on {placement.gpus_per_engine:g} GPU each, trainers on {placement.gpus_per_trainer:g} GPU each"
-        )
-    return f"{engines} with {cluster.engine_cpus:g} CPU each, trainers with {cluster.trainer_cpus:g} CPU each"
+        each = f"{placement.gpus_per_engine:g} GPU each, {trainers} on {placement.gpus_per_trainer:g} GPU each"
+        return f"{engines} on {each}"
+    return f"{engines} with {cluster.engine_cpus:g} CPU each, {trainers} with {cluster.trainer_cpus:g} CPU each"

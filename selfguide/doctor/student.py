@@ -107,9 +107,9 @@ def _check_cpu_fit(case: Case, size: ModelSize, longest: int) -> Iterator[Findin
         remedy = f"--set engine.kv_cache_gib={-(-one_row // 2**30)}, or lower engine.max_model_len"
         yield Finding("key-value cache", "error", found, remedy)
     trainer = training_bytes(size, recipe.finetuning, on_gpu=False) + _LIBRARIES_BYTES
-    wanted = recipe.cluster.num_engines * (_LIBRARIES_BYTES + weights + cache) + trainer
+    wanted = recipe.cluster.num_engines * (_LIBRARIES_BYTES + weights + cache) + recipe.cluster.num_trainers * trainer
     total, available = memory()
-    found = f"engines and trainer want {readable_bytes(wanted)} and more, {readable_bytes(available)} are available"
+    found = f"engines and trainers want {readable_bytes(wanted)} and more, {readable_bytes(available)} are available"
     if case.address or wanted <= available:
         yield Finding("fit", "ok", found)
     else:
@@ -140,12 +140,12 @@ def _check_bfloat16(wanted: str, dtype: str, gpu: GPU) -> Iterator[Finding]:
 
 
 def _check_trainer_fit(case: Case, size: ModelSize, gpu: GPU) -> Finding:
-    finetuning, wanted = case.recipe.finetuning, training_bytes(size, case.recipe.finetuning, on_gpu=True)
-    found = f"finetuning ({finetuning.method}) wants {readable_bytes(wanted)} and its activations, on one GPU"
-    if wanted > gpu.memory_bytes:
-        remedy = "take a smaller student" + (", or finetuning.method=lora" if finetuning.method == "full" else "")
+    finetuning, gpus = case.recipe.finetuning, max(1, int(case.recipe.cluster.gpus_per_trainer))
+    wanted = training_bytes(size, finetuning, on_gpu=True)
+    where = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+    found = f"finetuning ({finetuning.method}) wants {readable_bytes(wanted)} and its activations, on {where}"
+    if wanted > gpus * gpu.memory_bytes:
+        remedy = "raise cluster.gpus_per_trainer, take a smaller student"
+        remedy += ", or finetuning.method=lora" if finetuning.method == "full" else ""
         return Finding("trainer", "error", f"{found} of {readable_bytes(gpu.memory_bytes)}", remedy)
-    if case.recipe.cluster.gpus_per_trainer > 1:
-        remedy = "--set cluster.gpus_per_trainer=1"
-        return Finding("trainer", "warning", f"{found}; further ones of cluster.gpus_per_trainer lie idle", remedy)
     return Finding("trainer", "ok", found)
