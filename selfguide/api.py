@@ -21,6 +21,7 @@ from selfguide.curation import warm_filters
 from selfguide.errors import TaskFailed, UserError
 from selfguide.gpt2 import load_gpt2
 from selfguide.methods import Comparison, self_guide
+from selfguide.nano import student_path
 from selfguide.prompts import Prompts, TooLong
 from selfguide.sizes import MIN_FREE_BYTES, existing, longest_context
 from selfguide.store import RunStore
@@ -133,7 +134,7 @@ def load_student(recipe: Recipe) -> Student:
     if not model.path:
         raise UserError("no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe")
     try:
-        folder = _random_model() if model.path == "random" else resolve_model(model.path, model.revision)
+        folder = _random_model() if model.path == "random" else resolve_model(student_path(model.path), model.revision)
         read_config(folder)
         check_whole(folder)
         longest = longest_context(recipe.engine, folder)

@@ -16,7 +16,7 @@ TaskFile = Annotated[
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe (see `selfguide recipes`) or a YAML file.")
 ]
-ModelPath = Annotated[str, typer.Option("--model", "-m", help="The student: a model folder, a hub name, or `random`.")]
+ModelPath = Annotated[str, typer.Option("--model", "-m", help="The student: a folder, a hub name, `nano` or `random`.")]
 OutFolder = Annotated[
     Path, typer.Option("--out", "-o", help="Run folder. The same command again goes on where it ended.")
 ]

@@ -28,7 +28,8 @@ class Model(Section):
     """The student."""
 
     path: str = ""
-    """A model folder, a hub name (org/model), or "random": a small Llama with random weights, made on the spot."""
+    """A model folder, a hub name (org/model), "nano": the embedded student, or "random": a small Llama with random
+    weights, made on the spot."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -113,8 +114,9 @@ class Annotation(Section):
     one pass, standardises each label over all accepted inputs, and elects the label that stands out: no sample filter,
     no vote, and all candidates are tried. Generation tasks are sampled in either mode."""
     orders: int = Field(default=1, ge=1, le=24)
-    """In how many fixed orders of the gold examples each input is answered: samples are spread over them, label
-    log-probabilities averaged."""
+    """Over how many fixed orders of the gold examples the samples of an input are spread."""
+    label_orders: int = Field(default=1, ge=1, le=24)
+    """Over how many of them the labels' log-probabilities are averaged, a pass each."""
     num_samples: int = Field(default=10, ge=1, le=256)
     """Answers sampled for each input."""
     keep_best: int | None = Field(default=None, ge=1)

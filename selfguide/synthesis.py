@@ -212,7 +212,7 @@ class _Synthesis:
     def _annotate(self, row: dict[str, Any]) -> list[Work]:
         """One request for each order of the gold examples; samples are spread over them."""
         config, prompts, weighed = self._annotation, self._run.prompts, self._run.is_calibrated
-        orders = prompts.answer_orders(config.orders if weighed else min(config.orders, config.num_samples))
+        orders = prompts.answer_orders(config.label_orders if weighed else min(config.orders, config.num_samples))
         room = max(config.sampling.max_tokens, prompts.label_room if weighed else 0)
         try:
             asked = [prompts.answer(row["input"], room, order=order).ids for order in orders]

@@ -263,7 +263,7 @@ async def test_calibrated_rows_do_not_depend_on_who_answers_and_when(
     one_engine: Session, slow_engines: Session, tmp_path: Path, orders: int
 ) -> None:
     calm, busy = [
-        make_run(session, tmp_path / name, annotation__orders=orders)
+        make_run(session, tmp_path / name, annotation__label_orders=orders)
         for name, session in (("calm", one_engine), ("busy", slow_engines))
     ]
     first, second = await synthesize(calm), await synthesize(busy)
@@ -315,7 +315,7 @@ async def test_generation_tasks_are_sampled_in_either_mode(one_engine: Session, 
 async def test_a_preview_shows_what_was_elected(
     one_engine: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = load_recipe("smoke", CALIBRATED | {"annotation.orders": 2})
+    recipe = load_recipe("smoke", CALIBRATED | {"annotation.label_orders": 2})
     document = await preview_in(replace(one_engine, recipe=recipe), SENTIMENT, 4)
     pairs = [row["pair"] for row in document["rows"] if row["pair"]]
     assert pairs
@@ -329,7 +329,7 @@ class Stopped(Exception):
 
 
 async def test_a_stopped_calibrated_run_goes_on_to_the_same_rows(open_simulated: Open, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"synthesis__max_failed_share": 1, "annotation__orders": 2}
+    changes: dict[str, Any] = {"synthesis__max_failed_share": 1, "annotation__label_orders": 2}
 
     def stop(task: str, stage: str, counts: dict[str, Any]) -> None:
         if counts["rows"] >= SHARD_ROWS:

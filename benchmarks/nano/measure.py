@@ -34,7 +34,9 @@ from selfguide.taskrun import TaskRun
 
 HERE = Path(__file__).parent
 CONTROLS = ("few_shot_icl", "filtered_decoding", "constrained_labels", "calibrated_labels", "few_shot_sft")
-IN_FLIGHT = 2
+TRAINED = ("self_guide", "few_shot_sft")
+"""Methods that each of the two recipes has of its own."""
+IN_FLIGHT = 3
 
 
 def main() -> None:
@@ -88,7 +90,7 @@ async def _measure_one(
         task, store = selfguide.load_task(path), RunStore(folder)
         runs = {}
         for kind, recipe in recipes.items():
-            controls = CONTROLS if kind == "published" else ()
+            controls = CONTROLS if kind == "published" else ("few_shot_sft",)
             changed = recipe.evaluation.model_copy(update={"controls": controls})
             own = replace(session, recipe=recipe.model_copy(update={"seed": seed, "evaluation": changed}))
             runs[kind] = own.task_run(task, store, lambda task, stage, counts: None)
@@ -96,8 +98,8 @@ async def _measure_one(
         labels: dict[str, Any] = {}
         for kind, run in runs.items():
             evaluations, labels[kind] = await _self_guide(run)
-            methods |= {f"self_guide_{kind}" if key == "self_guide" else key: one for key, one in evaluations.items()}
-        methods["oracle"] = await _oracle(runs["best"])
+            methods |= {f"{key}_{kind}" if key in TRAINED else key: one for key, one in evaluations.items()}
+        methods["oracle"] = await _oracle(runs["published"])
         scores = {key: _scores(one) for key, one in methods.items() if one is not None}
         base = methods["base"]
         assert base is not None
@@ -111,17 +113,18 @@ async def _measure_one(
 
 
 async def _self_guide(run: TaskRun) -> tuple[dict[str, Artifact | None], dict[str, Any]]:
-    """The evaluations; without those of the tuned student where the task ended before it."""
+    """The evaluations; where the task ended before there was a tuned student, the base stands for it."""
     try:
         done: dict[str, Artifact | None] = dict((await selfguide.methods.self_guide(run)).evaluations)
     except selfguide.TaskFailed as error:
         stderr_line(str(error))
         untuned = await selfguide.methods.evaluate_untuned(run)
-        done = {**untuned, "self_guide": untuned["base"]}
-    return done, _label_accuracy(run)
+        gold = await selfguide.methods.few_shot_sft(run)
+        done = {**untuned, "few_shot_sft": gold, "self_guide": untuned["base"]}
+    return done, label_accuracy(run)
 
 
-def _label_accuracy(run: TaskRun) -> dict[str, Any]:
+def label_accuracy(run: TaskRun) -> dict[str, Any]:
     """Shares: inputs that have a truth, that carry the label they were written for; right outputs before and after."""
     candidates = synthesis_stage(run).done
     curated = curation_stage(run, candidates).done if candidates else None
@@ -145,17 +148,15 @@ def _label_accuracy(run: TaskRun) -> dict[str, Any]:
 
 
 async def _oracle(run: TaskRun) -> Artifact | None:
-    """The same kept inputs with the world's own answers: what better labels could still bring."""
+    """All accepted inputs with the world's own answers: what right labels would bring."""
     candidates = synthesis_stage(run).done
-    kept = curation_stage(run, candidates).done if candidates else None
-    if kept is None:
-        return None
-    stage = run.store.stage("curation", run.made_by(1, labels="the world's"), [kept])
+    assert candidates is not None
+    stage = run.store.stage("curation", run.made_by(1, labels="the world's"), [candidates])
     async with run.lock(stage):
         if not stage.done:
             with stage.writing():
                 rows: list[dict[str, Any]] = []
-                for row in kept.rows():
+                for row in candidates.rows():
                     truth = tasks.truth(run.task.name, row["input"])
                     if row["state"] == ACCEPTED and truth is not None:
                         rows.append({"row": len(rows), "input": row["input"], "output": truth})

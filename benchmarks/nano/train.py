@@ -137,7 +137,8 @@ def _bearer_ids(attribute: str, value: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokens", type=float, default=30e6)
+    parser.add_argument("--tokens", type=float, default=30e6, help="where the rates reach their end")
+    parser.add_argument("--stop", type=float, default=math.inf, help="end after so many tokens, mid-way")
     parser.add_argument("--gate-every", type=float, default=1e6)
     parser.add_argument("--gate-documents", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
@@ -204,7 +205,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
         state.muon.lr, state.adam.param_groups[0]["lr"] = options.muon * rate, options.adam * rate
         losses.append(step(state, ids, weights))
         state.tokens += STEP_TOKENS * options.processes
-        done = state.tokens >= options.tokens
+        done = state.tokens >= min(options.tokens, options.stop)
         if rank == 0 and (done or state.tokens >= next_gate):
             next_gate += options.gate_every
             speed = round((state.tokens - first) / (time.time() - began))

@@ -13,6 +13,7 @@ from typing import Literal
 from engines.models import ModelError, find_model
 from selfguide.config import Recipe
 from selfguide.doctor.machine import GPU, Question, version, visible_gpus
+from selfguide.nano import student_path
 from selfguide.sizes import ModelSize, read_size
 
 Level = Literal["ok", "warning", "error"]
@@ -62,7 +63,7 @@ class Case:
         self.recipe = recipe
         self.out = out
         self.address = recipe.cluster.address or os.environ.get("RAY_ADDRESS") or None
-        self.folder = find_model(recipe.model.path, recipe.model.revision)
+        self.folder = find_model(student_path(recipe.model.path), recipe.model.revision)
         self.reachable = self.address is None or _answers(self.address)
         spec = recipe.cluster.model_copy(update={"address": self.address})
         self.ray = Question(_ASK_RAY, spec.model_dump_json()) if self.reachable else None

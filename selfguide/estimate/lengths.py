@@ -21,7 +21,7 @@ def candidate_tokens(run: TaskRun) -> float:
 def num_orders(run: TaskRun) -> int:
     """In how many orders of the gold examples an input is annotated, each with a prompt of its own."""
     config = run.recipe.annotation
-    wanted = config.orders if run.is_calibrated else min(config.orders, config.num_samples)
+    wanted = config.label_orders if run.is_calibrated else min(config.orders, config.num_samples)
     return len(run.prompts.answer_orders(wanted))
 
 
