@@ -1,20 +1,24 @@
 PYTHON ?= $(or $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done),python3)
 BIN := .venv/bin
-DEMO_TASK ?= selfguide/examples/sentiment.json
+NANO_OUT ?= runs/nano-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lock clean
+.PHONY: help install demo nano-bench test check lock clean
 # The targets share .venv and the machine's few cores: `make -j` must not run two of them at once.
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ' *## *' '/^[a-z]+:.* ## / {split($$1, target, ":"); printf "make %-8s %s\n", target[1], $$2}' Makefile
+	@awk -F ' *## *' '/^[a-z-]+:.* ## / {split($$1, target, ":"); printf "make %-11s %s\n", target[1], $$2}' Makefile
 
 install: ## make .venv with the locked packages and selfguide itself (needs Python 3.11)
 	@$(PYTHON) requirements/install.py
 
-demo: install ## run one task from start to end on a CPU
-	$(BIN)/selfguide run $(DEMO_TASK) --recipe smoke
+demo: install ## SELF-GUIDE with the embedded student on four tasks, on a CPU
+	$(BIN)/selfguide demo
+
+nano-bench: install ## the embedded student against every control, 18 held-out tasks, 3 seeds: about an hour
+	$(BIN)/python -m benchmarks.nano.measure --set held_out --out $(NANO_OUT)
+	$(BIN)/python -m benchmarks.nano.report $(NANO_OUT)
 
 test: install ## run all tests
 	$(BIN)/python -m pytest -q

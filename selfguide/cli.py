@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from selfguide import cli_checks, cli_replicate
+from selfguide import cli_checks, cli_demo, cli_replicate
 from selfguide.cli_options import (
     AsJson,
     Assume,
@@ -36,6 +36,7 @@ app = typer.Typer(
     epilog="Without a verb, selfguide says what to do next here.",
 )  # fmt: skip
 
+app.add_typer(cli_demo.app)
 app.add_typer(cli_checks.app)
 app.add_typer(cli_replicate.app)
 

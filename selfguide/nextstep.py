@@ -18,9 +18,8 @@ def next_step(here: Path) -> list[str]:
     begun = (path.parent for path in here.glob("runs/*/run.json") if (path.parent / "tasks").is_dir())
     runs = sorted(begun, key=_last_change)
     if not runs:
-        example = Path(__file__).parent / "examples" / "sentiment.json"
-        return ["Nothing has been run here yet. Every stage on a tiny random model, a minute on a CPU:",
-                f"  selfguide run {os.path.relpath(example, here)} --recipe smoke"]  # fmt: skip
+        return ["Nothing has been run here yet. The embedded student on four small tasks, minutes on a CPU:",
+                "  selfguide demo"]  # fmt: skip
     newest = runs[-1].relative_to(here)
     work = [path for path in (here / newest).glob("tasks/*/*/*/work") if "." not in path.parent.name]
     if any(time.time() - one < _AT_WORK_S for one in _times(lease for path in work for lease in path.glob("lease-*"))):

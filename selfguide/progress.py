@@ -20,6 +20,8 @@ from rich.text import Text
 from selfguide.text import printable
 
 _PLAIN_EVERY_S = 10.0
+_MOST_LINES = 16
+_TASK_WIDTH = 28
 
 
 @dataclass
@@ -95,10 +97,12 @@ class ProgressView(AbstractContextManager["ProgressView"]):
         if not self._views:
             return Text(self._note, style="dim")
         table = Table(box=None, pad_edge=False, title=Text(self._note, style="dim"), title_justify="left")
-        for head in _HEADS:
-            table.add_column(head, justify="left" if head == "stage" else "right")
-        for (_, stage), view in self._views.items():
-            table.add_row(Text(stage), *map(Text, _cells(view)))
+        several = len({task for task, _ in self._views}) > 1
+        for head in ("task", *_HEADS) if several else _HEADS:
+            table.add_column(head, justify="left" if head in ("task", "stage") else "right")
+        for (task, stage), view in sorted(self._views.items(), key=lambda item: item[1].began)[-_MOST_LINES:]:
+            named = [printable(task)[:_TASK_WIDTH], stage] if several else [stage]
+            table.add_row(*map(Text, [*named, *_cells(view)]))
         return table
 
 

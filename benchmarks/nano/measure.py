@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 CONTROLS = ("few_shot_icl", "filtered_decoding", "constrained_labels", "calibrated_labels", "few_shot_sft")
 TRAINED = ("self_guide", "few_shot_sft")
 """Methods that each of the two recipes has of its own."""
-IN_FLIGHT = 3
+IN_FLIGHT = 4
 
 
 def main() -> None:
@@ -48,15 +48,17 @@ def main() -> None:
     parser.add_argument("--recipe", default="nano", help="the recipe of the best levers")
     parser.add_argument("--published", default=str(HERE / "published.yaml"), help="the recipe as published")
     parser.add_argument("--model", help="the student's folder")
+    parser.add_argument("--trainers", type=int, default=2, help="at work at the same time")
     asyncio.run(measure(parser.parse_args()))
 
 
 async def measure(options: argparse.Namespace) -> None:
     known = tasks.HELD_IN if options.set == "held_in" else tasks.HELD_OUT
     names = [name for name in known if not options.tasks or any(part in name for part in options.tasks)]
-    model = {"model.path": options.model} if options.model else {}
-    recipes = {"best": selfguide.load_recipe(options.recipe, model)}
-    recipes["published"] = selfguide.load_recipe(options.published, model)
+    changes: dict[str, Any] = {"cluster.num_trainers": options.trainers}
+    changes |= {"model.path": options.model} if options.model else {}
+    recipes = {"best": selfguide.load_recipe(options.recipe, changes)}
+    recipes["published"] = selfguide.load_recipe(options.published, changes)
     found: list[dict[str, Any]] = []
     slots = asyncio.Semaphore(IN_FLIGHT)
     async with open_session(recipes["best"]) as session:

@@ -21,6 +21,7 @@ from selfguide.taskrun import Progress
 from selfguide.tasks import load_task
 
 CONTROLS = ("filtered_decoding", "constrained_labels", "calibrated_labels")
+_IN_FLIGHT = 2
 _COLUMNS = {
     "base": "base", "filtered_decoding": "filtered", "constrained_labels": "constrained",
     "calibrated_labels": "calibrated", "self_guide": "SELF-GUIDE",
@@ -30,14 +31,17 @@ _COLUMNS = {
 async def run_demo(
     out: Path, progress: Progress, changes: Mapping[str, Any], command: Sequence[str] = ()
 ) -> list[Comparison]:
-    """Runs the four tasks one after another in one session; resumes in `out` as every run does."""
+    """Runs the four tasks in one session, one sampling while another trains; resumes in `out` as every run does."""
     recipe = load_recipe(nano.NAME, {"evaluation.controls": list(CONTROLS), **changes})
+    slots = asyncio.Semaphore(_IN_FLIGHT)
     async with open_session(recipe, progress) as session:
-        found = []
-        for name in nano.DEMO_TASKS:
-            task = load_task(nano.TASKS / f"{name}.json")
-            found.append(await run(task, recipe, out, progress=progress, session=session, command=command))
-        return found
+
+        async def run_one(name: str) -> Comparison:
+            async with slots:
+                task = load_task(nano.TASKS / f"{name}.json")
+                return await run(task, recipe, out, progress=progress, session=session, command=command)
+
+        return list(await asyncio.gather(*map(run_one, nano.DEMO_TASKS)))
 
 
 def document(comparisons: Sequence[Comparison]) -> dict[str, Any]:
