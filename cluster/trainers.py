@@ -46,8 +46,8 @@ class TrainerShape:
     num_gpus: float = 0.0
     num_processes: int = 1
     stays: bool = True
-    """Whether its processes outlive a job. On a GPU that an engine takes in turn they must not: a process that has
-    used CUDA holds some of its memory until it ends."""
+    """Whether its processes outlive a job. On a GPU that an engine takes in turn they must not: the model has to go
+    before the engine wakes, and the last of a process's CUDA memory goes with the process."""
     start_s: float = 900.0
 
 
@@ -128,7 +128,7 @@ class TrainerQueue:
         except asyncio.CancelledError:
             raise TrainingFailed("cancelled by its client, or begun anew by another") from None
         finally:
-            if self._jobs[work] is job:
+            if self._jobs.get(work) is job:
                 del self._jobs[work]
 
     async def cancel(self, ticket: str, work: str) -> None:
@@ -209,7 +209,7 @@ class _Trainer:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, 0)
         # An environment of its own keeps a trainer from taking a process that Ray Data has warmed up.
         remote = ray.remote(runtime_env={"env_vars": {"SELFGUIDE_ROLE": "trainer"}}, **options)(TrainerActor)
-        self._processes = [remote.remote() for _ in range(count)]
+        self._processes = [remote.remote(shape.stays) for _ in range(count)]
         try:
             await asyncio.wait_for(self._join(), shape.start_s)
         except TimeoutError:
@@ -253,7 +253,8 @@ def free_port() -> int:
 class TrainerActor:
     """One process that finetunes: a whole trainer, or its share of a sharded one."""
 
-    def __init__(self) -> None:
+    def __init__(self, stays: bool) -> None:
+        self._stays = stays
         self._finetuner: Finetuner | None = None
 
     def place(self) -> tuple[int, list[str]]:
@@ -270,7 +271,7 @@ class TrainerActor:
     def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         """What goes wrong is told in words: its type may be of a library that no other process should load."""
         if self._finetuner is None:
-            self._finetuner = Finetuner()
+            self._finetuner = Finetuner(keep_base=self._stays)
         try:
             return self._finetuner.train(spec, Path(rows), Path(work))
         except Exception as error:

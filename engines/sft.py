@@ -28,10 +28,11 @@ PROGRESS_FILE = "progress.jsonl"
 
 class Finetuner:
     """Jobs one after another in one process. An adapter does not depend on the jobs before it; after one that raised,
-    the process is not to be used again."""
+    the process is not to be used again. `keep_base`: whether the model stays in memory between jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_base: bool = True) -> None:
         _quieten()
+        self._keep_base = keep_base
         self._base = BaseModel()
 
     def train(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
@@ -43,6 +44,8 @@ class Finetuner:
         """
         result = _train(self._base, spec, rows, work)
         self._base.take_back()
+        if not self._keep_base:
+            self._base = BaseModel()
         _forget_job()
         return result
 

@@ -297,7 +297,7 @@ def check_alike(result: TrainResult, expected: TrainResult) -> None:
 
 def _train_sharded(rank: int, port: int, jobs: Sequence[tuple[TrainSpec, Path, Path]]) -> list[TrainResult]:
     """FSDP2 over gloo: PyTorch shards on CPUs, Accelerate only has to be told that it may."""
-    TrainerActor().join(rank, 2, port, [])
+    TrainerActor(stays=True).join(rank, 2, port, [])
     from accelerate import state
     from accelerate.utils import DistributedType
 
