@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO
 
 from benchmarks.nano import tasks as made
 from engines.models import tensor_shapes
@@ -87,7 +86,9 @@ def test_transformers_and_vllm_agree_on_its_greedy_answers(prompts: list[list[in
     script.write_text(BY_VLLM)
     said = json.dumps([str(nano.STUDENT), prompts, MAX_TOKENS])
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, input=said, capture_output=True, text=True, check=True, cwd=REPO)
+    done = subprocess.run(
+        command, input=said, capture_output=True, text=True, check=True, cwd=Path(made.__file__).parents[2]
+    )
     theirs = json.loads(done.stdout.splitlines()[-1])
     assert len(theirs) == NUM_PROMPTS
     assert theirs == [greedy(ids) for ids in prompts]

@@ -34,8 +34,6 @@ from selfguide.taskrun import TaskRun
 
 HERE = Path(__file__).parent
 CONTROLS = ("few_shot_icl", "filtered_decoding", "constrained_labels", "calibrated_labels", "few_shot_sft")
-TRAINED = ("self_guide", "few_shot_sft")
-"""Methods that each of the two recipes has of its own."""
 IN_FLIGHT = 4
 
 
@@ -92,7 +90,7 @@ async def _measure_one(
         task, store = selfguide.load_task(path), RunStore(folder)
         runs = {}
         for kind, recipe in recipes.items():
-            controls = CONTROLS if kind == "published" else ("few_shot_sft",)
+            controls = CONTROLS if kind == "published" else ()
             changed = recipe.evaluation.model_copy(update={"controls": controls})
             own = replace(session, recipe=recipe.model_copy(update={"seed": seed, "evaluation": changed}))
             runs[kind] = own.task_run(task, store, lambda task, stage, counts: None)
@@ -100,7 +98,7 @@ async def _measure_one(
         labels: dict[str, Any] = {}
         for kind, run in runs.items():
             evaluations, labels[kind] = await _self_guide(run)
-            methods |= {f"{key}_{kind}" if key in TRAINED else key: one for key, one in evaluations.items()}
+            methods |= {f"self_guide_{kind}" if key == "self_guide" else key: one for key, one in evaluations.items()}
         methods["oracle"] = await _oracle(runs["published"])
         scores = {key: _scores(one) for key, one in methods.items() if one is not None}
         base = methods["base"]
@@ -121,8 +119,9 @@ async def _self_guide(run: TaskRun) -> tuple[dict[str, Artifact | None], dict[st
     except selfguide.TaskFailed as error:
         stderr_line(str(error))
         untuned = await selfguide.methods.evaluate_untuned(run)
-        gold = await selfguide.methods.few_shot_sft(run)
-        done = {**untuned, "few_shot_sft": gold, "self_guide": untuned["base"]}
+        done = {**untuned, "self_guide": untuned["base"]}
+        if "few_shot_sft" in selfguide.methods.wanted_controls(run):
+            done["few_shot_sft"] = await selfguide.methods.few_shot_sft(run)
     return done, label_accuracy(run)
 
 

@@ -18,8 +18,7 @@ METHODS = {
     "chance": "chance", "base": "base, greedy", "base_lenient": "base, lenient parsing",
     "few_shot_icl": "base, all demonstrations", "filtered_decoding": "base, filtered decoding",
     "constrained_labels": "base, constrained labels", "calibrated_labels": "base, calibrated",
-    "few_shot_sft_published": "few-shot SFT, as published", "few_shot_sft_best": "few-shot SFT, best levers",
-    "self_guide_published": "SELF-GUIDE as published",
+    "few_shot_sft": "few-shot SFT", "self_guide_published": "SELF-GUIDE as published",
     "self_guide_best": "SELF-GUIDE, best levers", "oracle": "oracle labels",
 }  # fmt: skip
 BARS = ("filtered_decoding", "constrained_labels", "chance")
