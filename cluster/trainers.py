@@ -72,7 +72,8 @@ class Trainers:
             while not job.done():
                 await asyncio.wait([job], timeout=_POLL_S)
                 heard = _report_steps(work / PROGRESS_FILE, heard, progress)
-            return job.result()
+            result: TrainResult = job.result()
+            return result
         except RayTaskError as error:
             raise TrainingFailed(str(error.cause)) from error
         except RayActorError as error:
