@@ -265,7 +265,7 @@ class Recipe(Section):
     @classmethod
     def _check_shards(cls, cluster: ClusterSpec, info: ValidationInfo) -> ClusterSpec:
         finetuning, gpus = info.data.get("finetuning"), cluster.gpus_per_trainer
-        if finetuning is not None and gpus > 1 and finetuning.batch_size % gpus:
+        if finetuning is not None and gpus > 1 and gpus % 1 == 0 and finetuning.batch_size % gpus:
             raise ValueError(f"{gpus:g} gpus_per_trainer cannot share finetuning.batch_size {finetuning.batch_size}")
         return cluster
 
