@@ -30,6 +30,9 @@ OpenTrainers = Callable[..., AbstractAsyncContextManager[Trainers]]
 ENDLESS = 100_000  # epochs
 
 
+pytestmark = pytest.mark.usefixtures("others_aside")
+
+
 @pytest.fixture
 def open_trainers(ray_cluster: dict[str, float]) -> OpenTrainers:
     """`open_trainers(num_trainers, **shape)`: on one CPU each. In the end none of their processes is left."""

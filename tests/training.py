@@ -28,6 +28,9 @@ def _compute_on_one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+_OTHERS: set[int] = set()
+
+
 def open_process(jobs: int | None = None) -> ProcessPoolExecutor:
     """A process on one thread; a new one after so many jobs."""
     return ProcessPoolExecutor(1, get_context("spawn"), _compute_on_one_thread, max_tasks_per_child=jobs)
@@ -68,9 +71,18 @@ def make_work(path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def others_aside() -> Iterator[None]:
+    """Trainers that are there already, warm from the tests before, are none of this test's."""
+    _OTHERS.update(trainers())
+    yield
+    _OTHERS.clear()
+
+
 def trainers() -> list[int]:
-    """Processes of trainers that this process has started, through Ray."""
-    return [pid for pid, command in descendants(os.getpid()).items() if command.startswith("ray::TrainerActor")]
+    """Processes of trainers that this process has started, through Ray, since `others_aside`."""
+    commands = descendants(os.getpid())
+    return [pid for pid in commands if commands[pid].startswith("ray::TrainerActor") and pid not in _OTHERS]
 
 
 def steps_of(work: Path) -> list[int]:
