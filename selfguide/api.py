@@ -113,11 +113,11 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
         spec, cluster = engine_spec(recipe, student), recipe.cluster
         filters_warm = asyncio.create_task(warm_filters())
         try:
-            actors = await start_engines(spec, cluster, placement)
+            fleet = await start_engines(spec, cluster, placement)
             await filters_warm
         except EnginesLost as error:
             raise TaskFailed(str(error)) from error
-        pool = Pool(actors, int(1.75 * recipe.engine.max_num_seqs), cluster.limits)
+        pool = Pool(fleet)
         trainers = start_trainers(cluster, placement)
         progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
         try:
@@ -125,7 +125,7 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
         finally:
             trainers.stop()
             await pool.close()
-            stop_engines(actors)
+            stop_engines(fleet)
 
 
 def load_student(recipe: Recipe) -> Student:
@@ -159,8 +159,8 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
         max_model_len=student.max_model_len, max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens, gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_gib=engine.kv_cache_gib, block_size=engine.block_size, max_loras=0 if full else engine.max_loras,
-        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, tokens_per_s=engine.tokens_per_s,
-        faults=engine.faults,
+        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, per_actor=engine.per_actor,
+        tokens_per_s=engine.tokens_per_s, faults=engine.faults,
     )  # fmt: skip
 
 
