@@ -337,9 +337,10 @@ class Pool:
         together: dict[tuple[bool, str], list[Ticket]] = {}
         for ticket in left:  # what runs again together needs the same adapter
             together.setdefault((ticket.alone, ticket.adapter.digest if ticket.adapter else ""), []).append(ticket)
-        self._write_down(lane, left, alone=any(alone for alone, _ in together), blame=not gone)
         for (alone, _), tickets in together.items():
-            self._suspect(lane, tickets, alone, blame=not gone and (not alone or tickets[0].begun))
+            blame = not gone and (not alone or tickets[0].begun)
+            self._write_down(lane, tickets, alone=alone, blame=blame)
+            self._suspect(lane, tickets, alone, blame=blame)
         if lane.state == "ready":
             lane.state = "down"
             self.counts.deaths += 1
