@@ -57,7 +57,8 @@ class EngineActor:
     def __init__(self, spec: EngineSpec, limits: Limits) -> None:
         self._engine = build_engine(spec)
         self._gate = Gate()
-        self._night = AsyncExitStack()
+        self._bed = asyncio.Lock()
+        self._night: AsyncExitStack | None = None
         threading.Thread(target=_watch, args=(self._engine, limits), daemon=True).start()
 
     async def run(self, batch: Sequence[Work], *, alone: bool = False) -> AsyncIterator[list[Outcome]]:
@@ -135,14 +136,20 @@ class EngineActor:
         return [os.getpid(), *_children()]
 
     async def sleep(self) -> None:
-        """Waits until nothing is in flight, keeps everything out until `wake`, and gives the accelerator back."""
-        self._night = AsyncExitStack()
-        await self._night.enter_async_context(self._gate.alone())
-        await self._engine.sleep()
+        """Waits until nothing is in flight, keeps everything out until `wake`, and gives the accelerator back. Does
+        nothing where the engine sleeps already, as `wake` does where it is awake."""
+        async with self._bed:
+            if self._night is None:
+                self._night = AsyncExitStack()
+                await self._night.enter_async_context(self._gate.alone())
+                await self._engine.sleep()
 
     async def wake(self) -> None:
-        await self._engine.wake()
-        await self._night.aclose()
+        async with self._bed:
+            if self._night is not None:
+                await self._engine.wake()
+                await self._night.aclose()
+                self._night = None
 
     async def close(self) -> None:
         self._engine.close()

@@ -157,15 +157,6 @@ class Pool:
 
     score = generate
 
-    @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
-        """Once nothing is in flight, engines give their accelerator back; rows wait until they are awake again."""
-        await asyncio.gather(*(as_future(lane.actor.sleep.remote()) for lane in self._lanes if lane.state != "lost"))
-        try:
-            yield
-        finally:
-            await asyncio.gather(*(as_future(lane.actor.wake.remote()) for lane in self._lanes if lane.state != "lost"))
-
     async def stats(self) -> list[EngineStats]:
         return list(await asyncio.gather(*(lane.actor.stats.remote() for lane in self._lanes if lane.state == "ready")))
 
