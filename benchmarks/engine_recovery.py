@@ -61,9 +61,9 @@ async def measure(args: argparse.Namespace) -> tuple[float, list[dict[str, Any]]
     ids = student.tokenizer.encode("the river moved slowly past old stone houses while children counted boats " * 9)
     sampling = [Sampling(max_tokens=args.max_tokens, seed=1000 * row) for row in range(args.rows)]
     rows = [Request(f"row-{i}", ids[i : i + PROMPT_TOKENS], one) for i, one in enumerate(sampling)]
-    with ray_session(recipe.cluster) as resources:
+    with ray_session(recipe.cluster) as nodes:
         began = clock()
-        placement = place(recipe.cluster, 1, resources)
+        placement = place(recipe.cluster, 1, nodes)
         fleet = await start_engines(engine_spec(recipe, student), recipe.cluster, placement)
         start_s = round(clock() - began, 2)
         stderr_line(f"engine started in {start_s} s")

@@ -43,6 +43,7 @@ class Berth:
         self._seats = Seats(max(1, spec.max_loras))
         self._wanted: dict[str, AdapterRef] = {}
         self._refused: dict[str, str] = {}
+        self._bed = asyncio.Lock()
         self._night: AsyncExitStack | None = None
         self._use = _Use(spec.max_num_seqs)
         self._doom: asyncio.Future[str] = asyncio.Future()
@@ -171,21 +172,23 @@ class Berth:
     # ---- nights, ends, counts
 
     async def sleep(self) -> None:
-        """Waits until nothing is inside, keeps everything out until `wake`, and gives the accelerator back. A second
-        call changes nothing."""
+        """Waits until nothing is inside, keeps everything out until `wake`, and gives the accelerator back. Does
+        nothing where the engine sleeps already, as `wake` does where it is awake."""
         await self.ready()
-        if self._night is None:
-            self._night = AsyncExitStack()
-            await self._night.enter_async_context(self._gate.alone())
-            await self._engine.sleep()
-            self._use.sleep(True)
+        async with self._bed:
+            if self._night is None:
+                self._night = AsyncExitStack()
+                await self._night.enter_async_context(self._gate.alone())
+                await self._engine.sleep()
+                self._use.sleep(True)
 
     async def wake(self) -> None:
-        if self._night is not None:
-            night, self._night = self._night, None
-            await self._engine.wake()
-            self._use.sleep(False)
-            await night.aclose()
+        async with self._bed:
+            if self._night is not None:
+                await self._engine.wake()
+                self._use.sleep(False)
+                await self._night.aclose()
+                self._night = None
 
     async def abort(self, ids: Sequence[str]) -> None:
         await self._engine.abort(ids)

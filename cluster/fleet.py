@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.berth import differs
 from cluster.engine_actor import EngineActor
-from cluster.placement import ClusterSpec, Limits, Placement
+from cluster.placement import ClusterSpec, Limits, Placement, engine_options
 from engines.types import EngineSpec, EngineStats
 
 
@@ -45,15 +45,15 @@ async def start_engines(spec: EngineSpec, cluster: ClusterSpec, placement: Place
     Simulated ones start together. Raises `EnginesLost` where one does not start, or answers unlike the others.
     """
     remote = ray.remote(
-        num_cpus=cluster.engine_cpus, num_gpus=placement.gpus_per_engine, max_restarts=-1, max_task_retries=0,
-        max_concurrency=1000, concurrency_groups={"control": 8},
+        max_restarts=-1, max_task_retries=0, max_concurrency=1000, concurrency_groups={"control": 8}
     )(EngineActor)  # fmt: skip
     count, per_actor = cluster.num_engines, spec.per_actor if spec.kind == "simulated" else 1
     actors: list[Any] = []
     started: list[tuple[str, list[tuple[float, ...]]]] = []
     try:
         for first in range(0, count, per_actor):
-            actors.append(remote.remote(spec, cluster.limits, first, min(per_actor, count - first)))
+            actor = remote.options(**engine_options(cluster, placement, first))
+            actors.append(actor.remote(spec, cluster.limits, first, min(per_actor, count - first)))
             if spec.kind != "simulated":
                 started.append(await _started(actors[-1], first, cluster.limits))
         if spec.kind == "simulated":

@@ -133,15 +133,6 @@ class Pool:
 
     score = generate
 
-    @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
-        """Once nothing is in flight, engines give their accelerator back; rows wait until they are awake again."""
-        await asyncio.gather(*(as_future(host.actor.sleep.remote()) for host in self._hosts))
-        try:
-            yield
-        finally:
-            await asyncio.gather(*(as_future(host.actor.wake.remote()) for host in self._hosts))
-
     async def stats(self) -> list[EngineStats]:
         return [one for one in await engine_stats(self._fleet) if one is not None]
 

@@ -32,7 +32,7 @@ _BLAMED_AFTER = 2
 
 @dataclass(frozen=True)
 class Worker:
-    """`work` carries one job out. `counts` are what it has seen so far, `room` how many sequences engines could take."""
+    """`work` carries one job out. `counts` are what was seen so far, `room` how many sequences engines could take."""
 
     work: Callable[[Any], Awaitable[Any]]
     counts: Callable[[], Mapping[str, int]]
@@ -41,7 +41,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Heard:
-    """How a runner gets on. `active` has for each stage the jobs in it and their rows; CPU seconds are its process's."""
+    """How a runner gets on. `active` has for each stage the jobs in it and their rows; CPU is the process's."""
 
     active: Mapping[str, tuple[int, int]]
     counts: Mapping[str, int]
@@ -64,12 +64,11 @@ class RunnerActor:
         self._worker: asyncio.Task[Worker] | None = None
         self._stages: dict[tuple[str, str], int] = {}
 
-    async def ready(self) -> Worker | None:
+    async def ready(self) -> None:
         if self._worker is None:
             entered = self._stack.enter_async_context(self._desk(self._setting, self._hear))
             self._worker = asyncio.create_task(entered)
         await asyncio.shield(self._worker)
-        return None
 
     def _hear(self, job: str, stage: str, counts: Mapping[str, Any]) -> None:
         """Counts without rows say that the stage is over."""

@@ -29,6 +29,7 @@ from selfguide.taskrun import Progress, Student, TaskRun
 from selfguide.tasks import Task
 
 if TYPE_CHECKING:
+    from cluster.fleet import Fleet
     from cluster.pool import Pool
     from cluster.trainers import Trainers
 
@@ -42,14 +43,14 @@ class Session:
 
     recipe: Recipe
     student: Student
+    fleet: Fleet
     pool: Pool
     trainers: Trainers
-    time_shared: bool
     start_s: float
 
     def task_run(self, task: Task, store: RunStore, progress: Progress) -> TaskRun:
         tasks = store.task(task.name)
-        return TaskRun(task, self.recipe, self.student, self.pool, self.trainers, tasks, progress, self.time_shared)
+        return TaskRun(task, self.recipe, self.student, self.pool, self.trainers, tasks, progress)
 
 
 async def run(
@@ -104,9 +105,9 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
 
     clock = asyncio.get_running_loop().time
     began = clock()
-    with ray_session(recipe.cluster) as resources:
+    with ray_session(recipe.cluster) as nodes:
         try:
-            placement = place(recipe.cluster, recipe.engine.tensor_parallel, resources)
+            placement = place(recipe.cluster, recipe.engine.tensor_parallel, nodes)
         except PlacementError as error:
             raise UserError(str(error)) from None
         progress("", "engines", {"starting": recipe.cluster.num_engines})
@@ -118,10 +119,10 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
         except EnginesLost as error:
             raise TaskFailed(str(error)) from error
         pool = Pool(fleet)
-        trainers = start_trainers(cluster, placement)
+        trainers = start_trainers(cluster, placement, fleet.actors)
         progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
         try:
-            yield Session(recipe, student, pool, trainers, placement.time_shared, clock() - began)
+            yield Session(recipe, student, fleet, pool, trainers, clock() - began)
         finally:
             trainers.stop()
             await pool.close()

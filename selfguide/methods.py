@@ -21,7 +21,8 @@ from selfguide.taskrun import TaskRun
 class Comparison:
     """What became of the task: the finetuned student, and every method's scores on the same rows.
 
-    `place` is the comparison's folder below the run folder. Without held-out data `evaluations` and `differences` (tuned minus the other method, in points) are empty.
+    `place` is the comparison's folder below the run folder. Without held-out data `evaluations` and `differences`
+    (tuned minus the other method, in points) are empty.
     """
 
     task: str

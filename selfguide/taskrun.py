@@ -48,8 +48,6 @@ class TaskRun:
     trainers: Trainers
     store: TaskStore
     progress: Progress = lambda task, stage, counts: None
-    time_shared: bool = False
-    """Engines and trainer share one GPU in turn."""
     transforms: Transforms = field(default_factory=Transforms)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 

@@ -316,15 +316,6 @@ async def test_rows_without_affinity_go_to_the_least_loaded(open_pool: OpenPool)
         assert await num_asked(pool) == [64, 64, 64]
 
 
-async def test_rows_wait_while_engines_sleep(open_pool: OpenPool) -> None:
-    async with open_pool() as (pool, _):
-        async with pool.asleep():
-            job = asyncio.create_task(collect(pool, make_rows(10)))
-            await pool.stats()
-            assert pool.counts.answered == 0
-        assert len(await job) == 10
-
-
 # ---- with actors that are made for the test
 
 

@@ -35,7 +35,6 @@ class Setting:
     out: str
     fleet: Fleet
     trainers: Trainers
-    time_shared: bool
     recipe: Recipe
 
 
@@ -55,8 +54,7 @@ async def open_desk(setting: Setting, hear: Hear) -> AsyncIterator[Worker]:
         if (key := _speaks(job.recipe)) not in students:
             students[key] = load_student(job.recipe)
         return TaskRun(
-            task, job.recipe, students[key], pool, setting.trainers, store.task(task.name), progress,
-            setting.time_shared, transforms,
+            task, job.recipe, students[key], pool, setting.trainers, store.task(task.name), progress, transforms,
         )  # fmt: skip
 
     try:

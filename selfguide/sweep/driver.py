@@ -21,7 +21,6 @@ from selfguide.sweep.files import SweepFiles
 from selfguide.sweep.jobs import Job, Outcome
 
 if TYPE_CHECKING:
-    from cluster.placement import ClusterSpec
     from engines.types import EngineStats
     from selfguide.api import Session
     from selfguide.config import Recipe
@@ -50,17 +49,18 @@ async def run_jobs(
     """
     files = SweepFiles(RunStore(out))
     known = files.outcomes()
-    settled = {job.key: known[job.key] for job in jobs if _is_settled(known.get(job.key), out, retry_failed)}
+    settled = {job.key: known[job.key] for job in jobs if is_settled(known.get(job.key), out, retry_failed)}
     left = sorted((job for job in jobs if job.key not in settled), key=lambda job: -job.cost)
     if left:
         watch = _Watch(jobs, settled, files, hear)
-        setting = Setting(str(out.resolve()), session.fleet, session.trainers, session.time_shared, session.recipe)
+        setting = Setting(str(out.resolve()), session.fleet, session.trainers, session.recipe)
         async with open_runners(session.recipe.cluster, open_desk, setting) as runners:
             await _carry_all(runners, {job.key: job for job in left}, watch, session)
     return [settled[job.key] for job in jobs]
 
 
-def _is_settled(outcome: Outcome | None, out: Path, retry_failed: bool) -> bool:
+def is_settled(outcome: Outcome | None, out: Path, retry_failed: bool) -> bool:
+    """Whether a job with this last outcome is not to be carried out (again)."""
     if outcome is None or outcome.state == "failed":
         return outcome is not None and not retry_failed
     place = (outcome.result or {}).get("comparison")
@@ -145,9 +145,7 @@ class _Sums:
 class _Watch:
     """What the driver knows: counts and paths."""
 
-    def __init__(
-        self, jobs: Sequence[Job], settled: dict[str, Outcome], files: SweepFiles, hear: Listen
-    ) -> None:
+    def __init__(self, jobs: Sequence[Job], settled: dict[str, Outcome], files: SweepFiles, hear: Listen) -> None:
         self._jobs, self._settled, self._files, self._hear = jobs, settled, files, hear
         self._total_cost = sum(job.cost for job in jobs)
         self._done_cost = sum(job.cost for job in jobs if job.key in settled)

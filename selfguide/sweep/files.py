@@ -25,9 +25,10 @@ SUBJECT, OUTCOMES, EVENTS = "sweep.json", "outcomes.jsonl", "events.jsonl"
 class SweepFiles:
     """The folder `sweep/` of a run folder."""
 
-    def __init__(self, store: RunStore) -> None:
+    def __init__(self, store: RunStore, *, create: bool = True) -> None:
         self.folder = store.root / "sweep"
-        self.folder.mkdir(exist_ok=True)
+        if create:
+            self.folder.mkdir(exist_ok=True)
 
     def write_subject(self, subject: Mapping[str, Any]) -> None:
         content = {"format": FORMAT, **subject}

@@ -17,8 +17,10 @@ SELF_GUIDE = "selfguide.methods:sweep_self_guide"
 
 _NO_ROW = {
     "cluster": True,
-    "engine": {"max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_gib", "max_loras", "faults",
-               "per_actor", "tokens_per_s", "tensor_parallel", "block_size"},
+    "engine": {
+        "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_gib", "max_loras", "block_size",
+        "tensor_parallel", "per_actor", "tokens_per_s", "faults",
+    },
 }  # fmt: skip
 """What changes no row: where it runs, and how fast."""
 
@@ -28,8 +30,8 @@ class Job:
     """One task under one recipe by one method: what a sweep does once, whatever dies.
 
     `source` is the task's file, `task_digest` what it said when the sweep began. `method` names a coroutine function,
-    "module:function", that takes the `TaskRun` and `options` as keywords and returns JSON values, no rows. `cost` is the
-    work that is expected of it, in tokens: the longest begin first.
+    "module:function", that takes the `TaskRun` and `options` as keywords and returns JSON values, no rows. `cost` is
+    the work that is expected of it, in tokens: the longest begin first.
     """
 
     source: str
