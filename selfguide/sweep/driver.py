@@ -150,7 +150,8 @@ class _Watch:
         self._total_cost = sum(job.cost for job in jobs)
         self._done_cost = sum(job.cost for job in jobs if job.key in settled)
         self._began = self._told = time.monotonic()
-        self._sums, self._last = _Sums(), dict[int, EngineStats]()
+        self._sums = _Sums()
+        self._last: dict[int, EngineStats] = {}
         self._heard: list[Heard] = []
         self._counts: Counter[str] = Counter()
         self._running = self._waiting = 0
