@@ -5,12 +5,12 @@ The block and the lines go to standard error. JSON goes to standard output, one 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from json import dumps
 from types import TracebackType
 from typing import Any
 
@@ -49,10 +49,11 @@ class SweepView(AbstractContextManager["SweepView"]):
     """Give `hear` every event of a sweep, as it happens. `clock` returns seconds, of any origin."""
 
     def __init__(
-        self, *, as_json: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self, *, json: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._as_json, self._clock = as_json, clock
+        self._as_json, self._clock = json, clock
         self._console = console or Console(stderr=True)
+        self._note = "starting"
         self._session: Event = {}
         self._totals: Event = {}
         self._first: tuple[float, float] | None = None  # seconds and share done, when first heard
@@ -78,9 +79,12 @@ class SweepView(AbstractContextManager["SweepView"]):
     def hear(self, event: Event) -> None:
         """Takes one event in; shows it in time, or at once where it is a line of its own."""
         if self._as_json:
-            print(json.dumps({"version": EVENTS_VERSION, "time": time.time(), **event}), file=sys.stdout, flush=True)
+            print(dumps({"version": EVENTS_VERSION, "time": time.time(), **event}), file=sys.stdout, flush=True)
             return
         match event["event"]:
+            case "engines" if "starting" in event:
+                self._note = f"starting {event['starting']} engines"
+                self._speak(self._note)
             case "session_began":
                 self._session = event
                 self._speak(self._beginning())
@@ -166,7 +170,7 @@ class SweepView(AbstractContextManager["SweepView"]):
 
     def block(self) -> Group:
         """As many lines whatever goes on: two of totals, one a stage, the last failures."""
-        head = self._headline() if self._totals else self._beginning() if self._session else "starting"
+        head = self._headline() if self._totals else self._beginning() if self._session else self._note
         stages = sorted(self._stages.items(), key=lambda item: -item[1][0]["tasks"])
         failures = [Text(f"failed: {printable(task)}: {printable(why)}", style="red") for task, why in self._failures]
         return Group(

@@ -167,8 +167,8 @@ def _session(after: float, num_tasks: int, done: int, seconds: float) -> list[di
         "event": "totals", "tasks": num_tasks, "done": done, "failed": 0, "running": 0, "waiting": num_tasks - done,
         "rows": 500, "output_tokens": 60_000, "prompt_tokens": 600_000, "cached_tokens": 500_000,
         "engine_deaths": 1, "stale": 3, "poisoned": 0, "engine_busy_s": 3 * seconds, "engine_awake_s": 4 * seconds,
-        "engine_sequence_s": 100.0, "driver_rss_bytes": 2**27, "runner_rss_bytes": [2**28, 2**28 + 5],
-        "seconds": seconds,
+        "engine_sequence_s": 100.0, "engine_starved_s": 2.0, "seconds": seconds,
+        "driver_rss_bytes": 2**27, "runner_rss_bytes": [2**28, 2**28 + 5],
     }  # fmt: skip
     return [
         {"time": BEGAN + after, **began, "environment": environment()},

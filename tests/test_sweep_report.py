@@ -156,6 +156,7 @@ def test_sessions_add_up_and_a_killed_one_has_no_end(sweep: Json) -> None:
     assert first["num_done"] + second["num_done"] == sweep["totals"]["num_done"] == 26
     assert sweep["totals"]["num_failed"] == 2
     assert sweep["totals"]["engine_idle_share"] == 0.25
+    assert sweep["totals"]["engine_starved_s"] == 4
     assert sweep["totals"]["seconds"] == 100
     assert sweep["totals"]["tasks_per_hour"] == 26 * 36
     assert (sweep["totals"]["num_engine_deaths"], sweep["totals"]["num_stale"]) == (2, 6)

@@ -68,6 +68,8 @@ def plain() -> Iterator[Seen]:
 
 def test_a_terminal_shows_stages_and_totals(seen: Seen) -> None:
     assert seen.block()[0] == "starting"
+    seen.view.hear({"event": "engines", "starting": 64})
+    assert seen.block()[0] == "starting 64 engines"
     seen.view.hear(BEGAN)
     assert seen.block()[0] == "64 engines, 4 runners, 2 trainers, ready in 12 s"
     seen.view.hear(totals())
@@ -166,7 +168,7 @@ def test_json_lines_are_the_events(capsys: pytest.CaptureFixture[str]) -> None:
         task("a\x1b\n", "failed", "\u202e"),
         {"event": "later", "time": 5},
     ]
-    with SweepView(as_json=True) as view:
+    with SweepView(json=True) as view:
         for event in events:
             view.hear(event)
     said, others = capsys.readouterr()

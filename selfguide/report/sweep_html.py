@@ -173,14 +173,25 @@ def _failures(sweep: Json) -> Iterator[str]:
 def _tasks(tasks: Sequence[Json]) -> Iterator[str]:
     names = list(dict.fromkeys(one["method"] for task in tasks for one in task["methods"]))
     names.sort(key=lambda name: name == "self_guide")
-    heads = ["task", "state", "category", "metric", *map(tables.method_title, names), "gain", "Holm p", "trained rows"]
-    cells = "".join(_sortable(head, right=at > 3) for at, head in enumerate([*heads, "seconds"]))
+    heads = [
+        "task",
+        "gain",
+        "Holm p",
+        "state",
+        "category",
+        "metric",
+        *map(tables.method_title, names),
+        "rows",
+        "seconds",
+    ]
+    words = ("task", "state", "category", "metric")
+    cells = "".join(_sortable(head, right=head not in words) for head in heads)
     yield '<h2>Every task</h2><input id="search" type="search" aria-label="Search the tasks" '
     yield 'placeholder="Search: a name, a category, failed …"><span id="shown" class="note" role="status"></span>'
     yield f'<div class="wide tall" tabindex="0"><table id="tasks"><thead><tr>{cells}</tr></thead><tbody>'
     yield from (_task(task, names) for task in tasks)
     yield "</tbody></table></div>"
-    yield _note("Gain: SELF-GUIDE minus base, in points. A click on a heading sorts; intervals are in report.json.")
+    yield _note("Gain: SELF-GUIDE minus base, in points. Rows: trained on. A click on a heading sorts.")
 
 
 def _sortable(head: str, *, right: bool) -> str:
@@ -196,11 +207,12 @@ def _task(task: Json, names: Sequence[str]) -> str:
     state = f"<td>{_text(task['state'])}" + (f": {_text(task['reason'])}" if task["reason"] else "") + "</td>"
     tone = "" if gain is None or not test or test["holm_p"] > 0.05 else " up" if gain > 0 else " down"
     return (
-        f'<tr><td class="name">{_text(task["task"])}</td>{state}<td>{_text(task["category"] or tables.NONE)}</td>'
-        f"<td>{_text(tables.metric_title(metric) if metric else tables.NONE)}</td>"
-        + "".join(_number(found.get(name), "{:.1f}") for name in names)
+        f'<tr><td class="name">{_text(task["task"])}</td>'
         + _number(gain, "{:+.1f}", tone)
         + _number(test["holm_p"] if test else None, "{:.3f}")
+        + f"{state}<td>{_text(task['category'] or tables.NONE)}</td>"
+        + f"<td>{_text(tables.metric_title(metric) if metric else tables.NONE)}</td>"
+        + "".join(_number(found.get(name), "{:.1f}") for name in names)
         + _number(task["funnel"]["rows_trained"], "{:,}")
         + _number(sum(task["stage_seconds"].values()) or None, "{:,.1f}")
         + "</tr>"

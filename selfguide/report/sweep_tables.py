@@ -124,18 +124,17 @@ def sessions(found: Sequence[Json], totals: Json) -> Table:
     rows = [_session(one) for one in found]
     if len(found) > 1:
         rows.append(_session({"began": "all", "end": "", **totals}))
-    return Table("rl" + "r" * 13, [*heads, "idle", "engine deaths", "stale", "poisoned", "driver, runner"], rows)
+    return Table("rl" + "r" * 12, [*heads, "idle", "engine deaths", "stale", "poisoned"], rows)
 
 
 def _session(one: Json) -> list[str]:
-    idle, memory = one["engine_idle_share"], [one.get(f"{what}_rss_bytes") for what in ("driver", "runner")]
+    idle = one["engine_idle_share"]
     return [
         one["began"].replace("T", " ").removesuffix("+00:00"), one["end"], duration(one["seconds"]),
         count(one["num_engines"]) if "num_engines" in one else "",
         count(one["num_done"]), count(one["num_failed"]), decimal(one["tasks_per_hour"]), count(one["rows"]),
         count(one["output_tokens"]), decimal(one["output_tokens_per_s"]), NONE if idle is None else f"{idle:.1%}",
         *(count(one[key]) for key in ("num_engine_deaths", "num_stale", "num_poisoned")),
-        ", ".join(size(one) for one in memory if one),
     ]  # fmt: skip
 
 
@@ -195,10 +194,6 @@ def decimal(number: float | None) -> str:
 
 def chance(p: float | None) -> str:
     return NONE if p is None else f"{p:.0e}" if 0 < p < 0.0005 else f"{p:.3f}"
-
-
-def size(number: int | None) -> str:
-    return NONE if number is None else f"{number / 2**20:,.0f} MiB"
 
 
 def duration(seconds: float) -> str:

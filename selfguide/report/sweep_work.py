@@ -13,7 +13,16 @@ from selfguide.report.sweep_reading import Sweep, SweptTask
 from selfguide.store import TOKEN_COUNTS, Artifact
 
 STAGES = (*TRAINED_FROM, "evaluation", "comparison")
-_ADDED = ("rows", *TOKEN_COUNTS, "engine_deaths", "stale", "poisoned", "engine_busy_s", "engine_awake_s")
+_ADDED = (
+    "rows",
+    *TOKEN_COUNTS,
+    "engine_deaths",
+    "stale",
+    "poisoned",
+    "engine_busy_s",
+    "engine_awake_s",
+    "engine_starved_s",
+)
 """What sessions count from zero, so that several of them add up."""
 
 Json = Mapping[str, Any]
@@ -150,6 +159,7 @@ def _rates(seconds: float, done: int, failed: int, added: Mapping[str, float]) -
         "num_engine_deaths": added["engine_deaths"], "num_stale": added["stale"], "num_poisoned": added["poisoned"],
         "engine_busy_s": round(added["engine_busy_s"], 3), "engine_awake_s": round(awake, 3),
         "engine_idle_share": None if idle is None else round(idle, 4),
+        "engine_starved_s": round(added["engine_starved_s"], 3),
     }  # fmt: skip
 
 
