@@ -47,6 +47,7 @@ class SimulatedFinetuner:
             rows=job.num_rows,
             train_s=time.monotonic() - began,
             canaries=tuple(_canary(row, refs[-1]) for row in job.canary_rows),
+            epoch_logprobs=tuple(map(job.score, refs)) if spec.keep_epochs and _is_first() else (),
         )
 
 
@@ -67,6 +68,9 @@ class _Job:
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def score(self, ref: AdapterRef) -> tuple[tuple[float, ...], ...]:
+        return tuple(_canary(row, ref).tuned_logprobs for row in self.canary_rows)
 
 
 def _read_job(spec: TrainSpec, rows: Path, work: Path) -> _Job:

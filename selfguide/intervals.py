@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 METRICS = ("exact_match", "rouge_l")
 AUTHORS_METRICS = ("authors_em", "authors_rouge_char")
 """Computed under the protocol "authors" alone: the first for classification, the second for generation."""
+PRIMARY_METRICS = {
+    "official": {"classification": "exact_match", "generation": "rouge_l"},
+    "authors": {"classification": "authors_em", "generation": "authors_rouge_char"},
+}
+"""What a kind of task is usually judged by, under each protocol."""
 _DRAWS = 2_000_000
 """Rows that are drawn at once: a task of 5,850 rows would fill a gigabyte otherwise."""
 
