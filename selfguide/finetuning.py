@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,10 @@ def _kept(result: TrainResult) -> tuple[AdapterRef, ...]:
 
 
 def _described(result: TrainResult) -> dict[str, Any]:
-    return asdict(replace(result, checkpoints=_kept(result)))
+    """Not by `asdict`, which copies every token of the canaries by itself."""
+    facts = {field.name: getattr(result, field.name) for field in fields(result)}
+    canaries = [{field.name: getattr(one, field.name) for field in fields(one)} for one in result.canaries]
+    return facts | {"checkpoints": list(map(asdict, _kept(result))), "canaries": canaries}
 
 
 def read_adapter(artifact: Artifact) -> Adapter:

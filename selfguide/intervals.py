@@ -86,6 +86,17 @@ def bootstrap_clusters(resampled: Any, resamples: int, seed: int) -> tuple[float
     return round(100 * float(low), 2), round(100 * float(high), 2)
 
 
+def bootstrap_columns(columns: Sequence[Sequence[float]], resamples: int, seed: int) -> list[Difference]:
+    """What `bootstrap` says of each column, all of one length, by one draw of rows for all of them."""
+    if not columns:
+        return []
+    rows: Any = np.asarray(columns).T
+    lows, highs = np.percentile(resample_columns(rows, resamples, np.random.default_rng(seed)), [2.5, 97.5], axis=0)
+    triples = zip(rows.mean(axis=0), lows, highs, strict=True)
+    in_points = (tuple(round(100 * float(one), 2) for one in triple) for triple in triples)
+    return [Difference(mean, low, high, len(rows)) for mean, low, high in in_points]
+
+
 def bootstrap(values: list[float], resamples: int, seed: int) -> Difference:
     """Percentile bootstrap of the mean of `values` (0 to 1 each), in points."""
     array: Any = np.asarray(values)
