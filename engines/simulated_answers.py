@@ -28,10 +28,13 @@ from engines.types import (
     Work,
 )
 
-_WORDS = 8 * (
-    "the river moved slowly past old stone houses while children counted boats and nobody asked why morning light "
-    "felt warmer than yesterday because a letter from far away had come home again"
-).split()
+_WORDS = (
+    8
+    * (
+        "the river moved slowly past old stone houses while children counted boats and nobody asked why morning light "
+        "felt warmer than yesterday because a letter from far away had come home again"
+    ).split()
+)
 """A word for each byte."""
 _CUT = 5
 """Of 256 answers, those that do not end by themselves."""
@@ -102,7 +105,8 @@ class PrefixCache:
         if not self._most:
             return 0
         content, blocks = prompt.content, self._blocks
-        chain, chains, known = hash(_name(adapter)), [], 0
+        chain, known = hash(_name(adapter)), 0
+        chains: list[int] = []
         for start in range(0, len(content) - _BLOCK_BYTES, _BLOCK_BYTES):
             chain = hash((chain, content[start : start + _BLOCK_BYTES]))
             known += chain in blocks and known == len(chains)

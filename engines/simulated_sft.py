@@ -1,4 +1,4 @@
-"""Finetuning without a model: takes its time, keeps checkpoints, and leaves an adapter that only simulated engines take.
+"""Finetuning without a model: takes its time, keeps checkpoints, and leaves an adapter for simulated engines alone.
 
 Loads neither PyTorch nor TRL.
 """
@@ -52,7 +52,7 @@ class SimulatedFinetuner:
 
 @dataclass(frozen=True)
 class _Job:
-    """`digest` is of the rows and of all in the spec that decides what would be learnt; tokens are those of an epoch."""
+    """`digest` is of the rows and of what in the spec decides what would be learnt; tokens are those of an epoch."""
 
     spec: TrainSpec
     work: Path
@@ -80,16 +80,16 @@ def _read_job(spec: TrainSpec, rows: Path, work: Path) -> _Job:
     steps_per_epoch = math.ceil(table.num_rows / (spec.batch_size * spec.gradient_accumulation))
     epochs = max(spec.epochs, math.ceil(spec.min_steps / steps_per_epoch))
     tokens = pc.sum(lengths).as_py()
-    same = replace(spec, model="", epochs=epochs, min_steps=0, canary_rows=0, keep_epochs=False, simulated_tokens_per_s=1)
+    same = replace(
+        spec, model="", epochs=epochs, min_steps=0, canary_rows=0, keep_epochs=False, simulated_tokens_per_s=1
+    )
     digest = hashlib.sha256(repr(same).encode())
     for column in (pc.list_flatten(table["input_ids"]), lengths, prompts):
         digest.update(column.cast("int64").to_numpy().tobytes())
     count = min(spec.canary_rows, table.num_rows)
     picked = table.take([i * table.num_rows // count for i in range(count)]).to_pylist() if count else []
     completion_tokens = tokens - pc.sum(prompts).as_py()
-    return _Job(
-        spec, work, digest.digest(), table.num_rows, tokens, completion_tokens, steps_per_epoch, epochs, picked
-    )
+    return _Job(spec, work, digest.digest(), table.num_rows, tokens, completion_tokens, steps_per_epoch, epochs, picked)
 
 
 def _is_first() -> bool:

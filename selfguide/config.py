@@ -62,7 +62,7 @@ class Engine(Section):
     tokens_per_s: float = Field(default=0.0, ge=0)
     """Simulated engines: output tokens per second and sequence; 0 answers at once."""
     simulation: Simulation = Simulation()
-    """Simulated engines: lengths of answers, prefill and prefix cache, time to start and to load (docs/simulation.md)."""
+    """Simulated engines: lengths of answers, prefill and its cache, time to start and to load (docs/simulation.md)."""
     faults: Faults = Faults()
     """Simulated engines: what goes wrong (docs/simulation.md)."""
 
@@ -270,7 +270,9 @@ class Recipe(Section):
     def _check_simulated(cls, finetuning: Finetuning, info: ValidationInfo) -> Finetuning:
         engine = info.data.get("engine")
         if finetuning.simulated_tokens_per_s and engine is not None and engine.kind != "simulated":
-            raise ValueError("simulated_tokens_per_s makes no adapter for real engines; set engine.kind: simulated, or 0")
+            raise ValueError(
+                "simulated_tokens_per_s makes no adapter for real engines; set engine.kind: simulated, or 0"
+            )
         return finetuning
 
     @field_validator("cluster")
