@@ -98,10 +98,6 @@ class SimulatedEngine:
 
     # ---- the protocol
 
-    @property
-    def mixes_adapters(self) -> bool:
-        return True
-
     def serves(self, ref: AdapterRef | None) -> bool:
         if ref is None or ref.kind == "full":
             return self._full == ref
