@@ -25,8 +25,6 @@ from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 class SimulatedFinetuner:
     """Jobs as `engines.sft.Finetuner` does them. The same rows and spec give the same adapter."""
 
-    def __init__(self, *, keep_base: bool = True) -> None: ...
-
     def train(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
         """Takes as many seconds as the rows' tokens at `spec.simulated_tokens_per_s`. A second call in `work` goes on
         from the last whole epoch."""

@@ -482,7 +482,7 @@ def test_equal_rows_give_equal_adapters_and_others_do_not(job: tuple[TrainSpec, 
         (replace(spec, epochs=1), rows),
     ]
     results = [
-        SimulatedFinetuner(keep_base=False).train(one, file, make_work(tmp_path / f"{i}"))
+        SimulatedFinetuner().train(one, file, make_work(tmp_path / f"{i}"))
         for i, (one, file) in enumerate([*same, *others])
     ]
     digests = [result.checkpoints[-1].digest for result in results]
@@ -564,7 +564,7 @@ from pathlib import Path
 from cluster.trainers import TrainerActor
 from engines.types import TrainSpec
 spec = TrainSpec("none", "base", simulated_tokens_per_s=1e9)
-print(TrainerActor(stays=True).train(spec, sys.argv[1], sys.argv[2]).rows)
+print(TrainerActor().train(spec, sys.argv[1], sys.argv[2]).rows)
 print(sorted({"torch", "trl", "peft", "transformers", "vllm"} & sys.modules.keys()))
 """
     command = [sys.executable, "-c", code, str(job[1]), str(make_work(tmp_path / "work"))]
