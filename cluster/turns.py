@@ -108,7 +108,8 @@ class Turns:
                 self._num_inside += 1
                 left -= 1
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _POLL_S)
+                async with asyncio.timeout(_POLL_S):
+                    await self._news.wait()
             self._news.clear()
 
     async def _break_off(self) -> None:
