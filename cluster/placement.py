@@ -37,6 +37,8 @@ class Limits(BaseModel):
     """The longest wait for an engine's first step, which may compile."""
     stall_s: float = Field(default=180.0, gt=0)
     """An engine with work that makes no step for this long dumps its stacks and is restarted."""
+    canary_s: float = Field(default=60.0, ge=0)
+    """How often each engine is asked something whose answer is known; a wrong answer ends it. 0 is never."""
     max_deaths: int = Field(default=40, ge=0)
     """After this many engine deaths in one run the run stops; the same command resumes it."""
 

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from cluster.pool import as_future
+from engines.types import EngineStats
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ class Turns:
 
     async def _are_idle(self) -> bool:
         found = await asyncio.gather(*(as_future(one.stats.remote()) for one in self._engines), return_exceptions=True)
-        return all(isinstance(one, ActorDiedError) or getattr(one, "in_flight", 1) == 0 for one in found)
+        return not any(map(_works, found))
 
     async def _sleep(self) -> bool:
         return all(await asyncio.gather(*(_call(one, "sleep") for one in self._engines)))
@@ -129,6 +130,13 @@ class Turns:
     async def _wake(self) -> None:
         while not all(await asyncio.gather(*(_call(one, "wake") for one in self._engines))):
             await asyncio.sleep(_POLL_S)
+
+
+def _works(found: list[EngineStats] | BaseException) -> bool:
+    """An actor that does not answer has rows to answer when it is back, unless it is lost for good."""
+    if isinstance(found, BaseException):
+        return not isinstance(found, ActorDiedError)
+    return any(stats.in_flight for stats in found)
 
 
 async def _call(engine: Any, method: str) -> bool:
