@@ -27,7 +27,7 @@ _STOP_WAIT_S = 60
 _STOP = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
 """Seconds between SIGTERM and SIGKILL: time to leave shards and leases in order."""
 _CONNECT_S = 5.0
-_MAX_DROPS = 5
+_MAX_DROPS, _RETRY_S = 5, 1.0
 _COMMAND_KEY = "selfguide_command"
 
 State = Literal["pending", "running", "done", "failed", "stopped"]
@@ -189,7 +189,7 @@ async def _follow(client: Any, job_id: str, write: Callable[[str], None]) -> Clu
             drops += 1
             if drops > _MAX_DROPS:
                 raise SubmitError(f"{job_id}: its server does not answer any more ({error})") from None
-        await asyncio.sleep(1)
+        await asyncio.sleep(_RETRY_S)
 
 
 def stop_job(client: Any, job_id: str) -> ClusterJob:

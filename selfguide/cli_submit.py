@@ -134,7 +134,7 @@ def _print_log(text: str) -> None:
     """As it is, but for what a terminal would obey."""
     from selfguide.text import printable
 
-    lines = text.replace("\r", "\n").split("\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     print("\n".join("\t".join(map(printable, line.split("\t"))) for line in lines), end="", flush=True)
 
 
