@@ -40,7 +40,7 @@ _WORDS = (
 class SimulatedEngine:
     """Deterministic text at a set speed. `EngineSpec.faults` says how it misbehaves."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, number: int = 0, life: int = 1) -> None:
         self._spec = spec
         self._adapters: set[str] = set()
         self._full: AdapterRef | None = None
@@ -50,10 +50,6 @@ class SimulatedEngine:
         self._prompt_tokens = 0
         self._in_flight = 0
         self._mortal = spec.faults.die_after > 0 and _deaths_so_far(spec) < spec.faults.deaths
-
-    @property
-    def mixes_adapters(self) -> bool:
-        return True
 
     def serves(self, ref: AdapterRef | None) -> bool:
         return self._full == ref if ref is None or ref.kind == "full" else ref.digest in self._adapters

@@ -138,6 +138,12 @@ class EngineDead(Exception):
 Work = Request | ScoreRequest | ChoiceRequest
 Outcome = Completion | Score | ChoiceScores | RequestFailed
 
+
+def num_sequences(work: Work) -> int:
+    """How many sequences an engine decodes for it."""
+    return work.sampling.n if isinstance(work, Request) else 1
+
+
 MAX_ONE_PASS = 128
 """Tokens whose log-probabilities vLLM gives for one position (its `MAX_LOGPROB_TOKEN_IDS`)."""
 
@@ -180,6 +186,8 @@ class EngineSpec:
     max_lora_rank: int = 16
     enforce_eager: bool = False
     seed: int = 0
+    per_actor: int = 1
+    """Simulated engines only: how many share a process."""
     tokens_per_s: float = 0.0
     """Simulated engines only: output tokens per second and sequence; 0 answers at once."""
     faults: Faults = field(default_factory=Faults)
@@ -187,7 +195,11 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine started. `progress` rises whenever the engine has done a step."""
+    """Counters since the engine started. `progress` rises whenever the engine has done a step.
+
+    The seconds are of the engine's place, over all its lives in one process: with a row inside, sequence-seconds in
+    the engine's slots, asleep by plan, and awake. `sequences` are inside now, of all clients.
+    """
 
     requests: int
     prompt_tokens: int
@@ -196,6 +208,12 @@ class EngineStats:
     in_flight: int
     progress: int
     start_s: float
+    busy_s: float = 0.0
+    sequence_s: float = 0.0
+    asleep_s: float = 0.0
+    awake_s: float = 0.0
+    sequences: int = 0
+    life: int = 1
 
 
 class Engine(Protocol):
@@ -208,11 +226,6 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[Outcome]]: ...
 
     def score(self, requests: Sequence[ScoreRequest | ChoiceRequest]) -> AsyncIterator[list[Outcome]]: ...
-
-    @property
-    def mixes_adapters(self) -> bool:
-        """Whether rows with and without an adapter may be in one step."""
-        ...
 
     def serves(self, ref: AdapterRef | None) -> bool:
         """Whether requests with this adapter (None: the untuned student) can be sent now."""

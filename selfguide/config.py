@@ -59,6 +59,8 @@ class Engine(Section):
     """Tokens in a block of the prefix cache; empty takes vLLM's own."""
     max_loras: int = Field(default=4, ge=1)
     """Adapters in one step; not used with full weights."""
+    per_actor: int = Field(default=1, ge=1)
+    """Simulated engines: how many share a process, hundreds on one machine."""
     tokens_per_s: float = Field(default=0.0, ge=0)
     """Simulated engines: output tokens per second and sequence; 0 answers at once."""
     faults: Faults = Faults()
