@@ -46,7 +46,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def parse(command: str) -> dict[str, Any]:
     """What our own command line reads of it; the recipe that it makes is valid."""
-    program, verb, *args = shlex.split(command)
+    program, verb, *args = shlex.split(command, comments=True)
     verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     assert program == "selfguide"
     with verbs[verb].make_context(verb, args) as context:
@@ -176,6 +176,13 @@ def test_the_slurm_scripts_own_command_fits_its_allocation() -> None:
     [command] = re.findall(r"^  set -- (.+?)\n\w", script, re.MULTILINE | re.DOTALL)
     command = command.replace("\\\n", "").replace("$SHARED", "/shared")
     check_sweep(f"selfguide {command}", gpus=int(asked["nodes"]) * int(asked["gpus-per-node"]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md"])
+def test_what_the_pages_submit_is_read_by_our_own_parser(page: str) -> None:
+    found = [parse(command) for command in commands(REPO / page)]
+    assert found
+    assert all(str(given["out"]).startswith("/") for given in found)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
