@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 METRICS = ("exact_match", "rouge_l")
 AUTHORS_METRICS = ("authors_em", "authors_rouge_char")
 """Computed under the protocol "authors" alone: the first for classification, the second for generation."""
+PRIMARY_METRICS = {
+    "official": {"classification": "exact_match", "generation": "rouge_l"},
+    "authors": {"classification": "authors_em", "generation": "authors_rouge_char"},
+}
+"""What a kind of task is usually judged by, under each protocol."""
 _DRAWS = 2_000_000
 """Rows that are drawn at once: a task of 5,850 rows would fill a gigabyte otherwise."""
 
@@ -79,6 +84,17 @@ def bootstrap_clusters(resampled: Any, resamples: int, seed: int) -> tuple[float
     ]
     low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return round(100 * float(low), 2), round(100 * float(high), 2)
+
+
+def bootstrap_columns(columns: Sequence[Sequence[float]], resamples: int, seed: int) -> list[Difference]:
+    """What `bootstrap` says of each column, all of one length, by one draw of rows for all of them."""
+    if not columns:
+        return []
+    rows: Any = np.asarray(columns).T
+    lows, highs = np.percentile(resample_columns(rows, resamples, np.random.default_rng(seed)), [2.5, 97.5], axis=0)
+    triples = zip(rows.mean(axis=0), lows, highs, strict=True)
+    in_points = (tuple(round(100 * float(one), 2) for one in triple) for triple in triples)
+    return [Difference(mean, low, high, len(rows)) for mean, low, high in in_points]
 
 
 def bootstrap(values: list[float], resamples: int, seed: int) -> Difference:
