@@ -1,4 +1,4 @@
-"""Finetuning without a model: takes its time, keeps checkpoints, and leaves an adapter that only simulated engines take.
+"""Finetuning without a model: takes its time, keeps checkpoints, and leaves an adapter for simulated engines alone.
 
 Loads neither PyTorch nor TRL.
 """
@@ -24,8 +24,6 @@ from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 
 class SimulatedFinetuner:
     """Jobs as `engines.sft.Finetuner` does them. The same rows and spec give the same adapter."""
-
-    def __init__(self, *, keep_base: bool = True) -> None: ...
 
     def train(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
         """Takes as many seconds as the rows' tokens at `spec.simulated_tokens_per_s`. A second call in `work` goes on
@@ -53,7 +51,7 @@ class SimulatedFinetuner:
 
 @dataclass(frozen=True)
 class _Job:
-    """`digest` is of the rows and of all in the spec that decides what would be learnt; tokens are those of an epoch."""
+    """`digest` is of the rows and of what in the spec decides what would be learnt; tokens are those of an epoch."""
 
     spec: TrainSpec
     work: Path

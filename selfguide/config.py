@@ -64,7 +64,7 @@ class Engine(Section):
     tokens_per_s: float = Field(default=0.0, ge=0)
     """Simulated engines: output tokens per second and sequence; 0 answers at once."""
     simulation: Simulation = Simulation()
-    """Simulated engines: lengths of answers, prefill and prefix cache, time to start and to load (docs/simulation.md)."""
+    """Simulated engines: lengths of answers, prefill and its cache, time to start and to load (docs/simulation.md)."""
     faults: Faults = Faults()
     """Simulated engines: what goes wrong (docs/simulation.md)."""
 

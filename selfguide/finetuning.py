@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def _config(run: TaskRun) -> dict[str, Any]:
     finetuning = chosen(run.recipe.finetuning)
     if not finetuning["keep_epochs"]:
         del finetuning["keep_epochs"]  # the stage is the one that it was before there was the key
+    if finetuning.pop("simulated_tokens_per_s"):
+        finetuning["simulated"] = True  # how fast changes no weight
     return {"finetuning": finetuning, "demonstrations": run.recipe.evaluation.demonstrations}
 
 
@@ -152,7 +154,10 @@ def _kept(result: TrainResult) -> tuple[AdapterRef, ...]:
 
 
 def _described(result: TrainResult) -> dict[str, Any]:
-    return asdict(replace(result, checkpoints=_kept(result)))
+    """Not by `asdict`, which copies every token of the canaries by itself."""
+    facts = {field.name: getattr(result, field.name) for field in fields(result)}
+    canaries = [{field.name: getattr(one, field.name) for field in fields(one)} for one in result.canaries]
+    return facts | {"checkpoints": list(map(asdict, _kept(result))), "canaries": canaries}
 
 
 def read_adapter(artifact: Artifact) -> Adapter:
