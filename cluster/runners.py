@@ -58,17 +58,23 @@ class RunnerDied(Exception):
 class RunnerActor:
     """One process; the desk is set up with the first call."""
 
-    def __init__(self, desk: Desk, setting: Any) -> None:
-        self._desk, self._setting = desk, setting
+    def __init__(self, parcel: list[Any]) -> None:
+        """`parcel` holds a reference to the desk and its setting: what is larger than Ray sends inline has to outlive
+        the actor for its restarts, which the driver sees to."""
+        self._parcel = parcel
         self._stack = AsyncExitStack()
         self._worker: asyncio.Task[Worker] | None = None
         self._stages: dict[tuple[str, str], int] = {}
 
     async def ready(self) -> None:
         if self._worker is None:
-            entered = self._stack.enter_async_context(self._desk(self._setting, self._hear))
-            self._worker = asyncio.create_task(entered)
+            self._worker = asyncio.create_task(self._set_up())
         await asyncio.shield(self._worker)
+
+    async def _set_up(self) -> Worker:
+        desk, setting = await self._parcel[0]
+        worker: Worker = await self._stack.enter_async_context(desk(setting, self._hear))
+        return worker
 
     def _hear(self, job: str, stage: str, counts: Mapping[str, Any]) -> None:
         """Counts without rows say that the stage is over."""
@@ -239,7 +245,8 @@ async def open_runners(cluster: ClusterSpec, desk: Desk, setting: Any) -> AsyncI
     remote = ray.remote(
         num_cpus=cluster.runner_cpus, max_restarts=-1, max_task_retries=0, max_concurrency=10_000
     )(RunnerActor)  # fmt: skip
-    runners = Runners(lambda: remote.remote(desk, setting), cluster.num_runners)
+    parcel = [ray.put((desk, setting))]
+    runners = Runners(lambda: remote.remote(parcel), cluster.num_runners)
     try:
         await asyncio.gather(*(as_future(one.actor.ready.remote()) for one in runners._runners))
         yield runners

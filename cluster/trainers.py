@@ -27,6 +27,7 @@ from cluster.placement import ClusterSpec, Placement, trainer_options
 from cluster.pool import as_future
 from cluster.turns import Turns
 from engines.sft import PROGRESS_FILE, Finetuner
+from engines.simulated_sft import SimulatedFinetuner
 from engines.types import TrainResult, TrainSpec
 
 _POLL_S = 0.5
@@ -291,10 +292,12 @@ class TrainerActor:
 
     def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         """What goes wrong is told in words: its type may be of a library that no other process should load."""
-        if self._finetuner is None:
+        if not spec.simulated_tokens_per_s and self._finetuner is None:
             self._finetuner = Finetuner()
+        finetuner = SimulatedFinetuner() if spec.simulated_tokens_per_s else self._finetuner
+        assert finetuner is not None
         try:
-            return self._finetuner.train(spec, Path(rows), Path(work))
+            return finetuner.train(spec, Path(rows), Path(work))
         except Exception as error:
             raise TrainingFailed(str(error) or type(error).__name__) from error
 

@@ -6,6 +6,7 @@ Rows travel as Parquet paths: a block holds one job, its function reads and writ
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def _run(calls: Sequence[tuple[Callable[[Any], Any], Any]]) -> list[tuple[bool, 
     import ray.data
     from ray import cloudpickle
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its import sets another
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     items = [{"index": index, "call": cloudpickle.dumps(call)} for index, call in enumerate(calls)]

@@ -162,7 +162,7 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
         max_num_batched_tokens=engine.max_num_batched_tokens, gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_gib=engine.kv_cache_gib, block_size=engine.block_size, max_loras=0 if full else engine.max_loras,
         max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, per_actor=engine.per_actor,
-        tokens_per_s=engine.tokens_per_s, faults=engine.faults,
+        tokens_per_s=engine.tokens_per_s, simulation=engine.simulation, faults=engine.faults,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from selfguide.cli_options import (
 )
 
 if TYPE_CHECKING:
-
     from selfguide.sweep.plan import Sweep
 
 app = typer.Typer()

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ from cluster.pool import Pool
 from cluster.trainers import Trainers, TrainerShape
 from cluster.turns import Turns
 from engines.types import EngineSpec, Request, Sampling, TrainSpec, Work
+from selfguide.curation import curate
+from selfguide.finetuning import Adapter, finetune
 from selfguide.store import RunStore
-from selfguide.taskfile import load_task
+from selfguide.synthesis import synthesize
+from selfguide.tasks import load_task
 from tests.conftest import EXAMPLES, OpenSimulated
 from tests.training import make_work, trainers
 
 pytestmark = pytest.mark.usefixtures("others_aside", "ray_cluster")
 IN_TURN = Placement(0, 0, time_shared=True)
-SLOW = 20.0
-"""Tokens per second and row: an answer takes a few tenths of a second."""
+SLOW = 5.0
+"""Tokens per second and row: an answer takes from half a second to two and a half."""
 
 
 async def until(true: Callable[[], object], *jobs: asyncio.Task[Any]) -> None:
@@ -39,14 +43,16 @@ async def until(true: Callable[[], object], *jobs: asyncio.Task[Any]) -> None:
 
 @asynccontextmanager
 async def some_engines(num_engines: int = 1, **spec: Any) -> AsyncIterator[tuple[Pool, list[Any]]]:
-    cluster = ClusterSpec(num_engines=num_engines)
-    actors = await start_engines(EngineSpec("none", kind="simulated", **spec), cluster, IN_TURN)
-    pool = Pool(actors, 256, Limits())
+    """Engines with an actor each."""
+    spec = {"kind": "simulated", "per_actor": 1, **spec}
+    cluster = ClusterSpec(num_engines=num_engines, limits=Limits(canary_s=0))
+    fleet = await start_engines(EngineSpec("none", **spec), cluster, IN_TURN)
+    pool = Pool(fleet)
     try:
-        yield pool, actors
+        yield pool, list(fleet.actors)
     finally:
         await pool.close()
-        stop_engines(actors)
+        stop_engines(fleet)
 
 
 @asynccontextmanager
@@ -69,6 +75,17 @@ async def some_turns(engines: Sequence[Any], turn_tasks: int = 1) -> AsyncIterat
 async def answer(pool: Pool, count: int, prefix: str = "row") -> int:
     rows: list[Work] = [Request(f"{prefix}-{i}", [i, 1, 2], Sampling(seed=i)) for i in range(count)]
     return len([one async for one in pool.generate(rows)])
+
+
+async def in_flight(actor: Any) -> int:
+    [stats] = await actor.stats.remote()
+    return int(stats.in_flight)
+
+
+async def answers_of(actor: Any) -> int:
+    """Rows that the engine has answered, beside the canary at its start."""
+    [stats] = await actor.stats.remote()
+    return int(stats.requests) - 1
 
 
 class Jobs:
@@ -103,7 +120,7 @@ async def test_jobs_that_wait_train_in_one_night_and_rows_wait_for_the_morning()
         rows = asyncio.create_task(answer(pool, 50))
         await until(lambda: pool.counts.dispatched == 50, *started, rows)
         assert await asyncio.gather(*(one.sleep.remote() for one in actors)) == [None, None]
-        assert [stats.requests for stats in await pool.stats()] == [0, 0], "an engine answered at night"
+        assert [await answers_of(one) for one in actors] == [0, 0], "an engine answered at night"
         jobs.may_end.set()
         assert await asyncio.gather(*started, late) == [0, 1, 2, 3]
         assert await rows == 50
@@ -112,12 +129,13 @@ async def test_jobs_that_wait_train_in_one_night_and_rows_wait_for_the_morning()
 
 async def test_a_night_begins_once_engines_are_idle_and_not_before() -> None:
     async with some_engines(tokens_per_s=SLOW) as (pool, actors), some_turns(actors, turn_tasks=5) as (turns, _):
-        rows = asyncio.create_task(answer(pool, 300))
-        await until(lambda: pool.counts.dispatched, rows)
-        jobs = Jobs(turns)
-        jobs.may_end.set()
-        assert await jobs.start(0) == 0
-        assert rows.done(), "the engine had work, and too few jobs waited"
+        rows = asyncio.create_task(answer(pool, 200))
+        while not await in_flight(actors[0]):
+            await asyncio.sleep(0.01)
+        assert await turns.by_night(lambda: answers_of(actors[0])) == 200, (
+            "the engine had work, and too few jobs waited"
+        )
+        assert await rows == 200
 
 
 async def test_a_night_that_is_long_enough_gives_the_engines_their_turn() -> None:
@@ -166,7 +184,7 @@ async def test_an_engine_that_dies_at_night_gets_its_device_and_sleeps_before_th
         await until(lambda: len(jobs.begun) == 2, job)  # broken off, and begun again once both slept
         rows = asyncio.create_task(answer(pool, 50))
         await until(lambda: pool.counts.dispatched, job)
-        assert [(await one.stats.remote()).requests for one in actors] == [0, 0]
+        assert [await answers_of(one) for one in actors] == [0, 0]
         jobs.may_end.set()
         assert await job == 0
         assert await rows == 50
@@ -182,24 +200,15 @@ async def test_an_engine_that_is_lost_for_good_holds_up_nobody() -> None:
         jobs.may_end.set()
         assert await job == 0
         await until(lambda: nights)
-        assert (await actors[1].stats.remote()).in_flight == 0
+        assert await in_flight(actors[1]) == 0
 
 
 # ---- with real trainers
 
 
-@pytest.fixture
-def one_epoch(spec: TrainSpec) -> TrainSpec:
-    from dataclasses import replace
-
-    return replace(spec, epochs=1)
-
-
 async def test_a_killed_queue_leaves_no_engine_asleep_and_loses_no_job(
     spec: TrainSpec, rows: Path, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     work = make_work(tmp_path / "work")
     async with some_engines() as (pool, actors):
         opened = Trainers([TrainerShape({"num_cpus": 1})], actors, turn_tasks=1)
@@ -228,17 +237,18 @@ async def test_engines_of_a_queue_whose_clients_are_gone_are_woken() -> None:
 
 
 async def test_trainers_stay_warm_for_a_night_and_leave_the_gpu_at_dawn(
-    one_epoch: TrainSpec, rows: Path, tmp_path: Path
+    spec: TrainSpec, rows: Path, tmp_path: Path
 ) -> None:
     """Two jobs, one process; it is gone before the engine answers again."""
     async with some_engines() as (pool, actors):
         opened = Trainers([TrainerShape({"num_cpus": 1}, stays=False)], actors, turn_tasks=2)
         works = [make_work(tmp_path / name) for name in "ab"]
         seen: set[int] = set()
-        jobs = [
-            asyncio.create_task(opened.train(one_epoch, rows, work, lambda _: seen.update(trainers())))
-            for work in works
-        ]
+
+        def note(step: dict[str, Any]) -> None:
+            seen.update(trainers())
+
+        jobs = [asyncio.create_task(opened.train(replace(spec, epochs=1), rows, work, note)) for work in works]
         await asyncio.gather(*jobs)
         assert await answer(pool, 10) == 10
         await until(lambda: not trainers())
@@ -249,13 +259,17 @@ async def test_trainers_stay_warm_for_a_night_and_leave_the_gpu_at_dawn(
 async def test_two_tasks_that_train_at_once_do_not_wait_for_each_other(
     open_simulated: OpenSimulated, tmp_path: Path
 ) -> None:
-    """Whole runs over one session: each sleeps the engines for its training, and needs them again after it."""
-    from selfguide.methods import self_guide
+    """Both need the engines before and after, and every engine asleep in between."""
+    task = load_task(EXAMPLES / "sentiment.json")
+    settings = {"cluster.share": "turns", "cluster.turn_tasks": 2, "finetuning.epochs": 1}
 
-    tasks = [load_task(EXAMPLES / name) for name in ("sentiment.json", "own_task.yaml")]
-    settings = {"cluster.share": "turns", "cluster.turn_tasks": 2}
     async with open_simulated(**settings) as session:
-        store = RunStore(tmp_path / "run")
-        runs = [session.task_run(task, store, lambda task, stage, counts: None) for task in tasks]
-        await asyncio.gather(*map(self_guide, runs))
-        assert all(run.store.root for run in runs)
+
+        async def learn(name: str) -> Adapter:
+            run = session.task_run(task, RunStore(tmp_path / name), lambda task, stage, counts: None)
+            adapter = await finetune(run, await curate(run, await synthesize(run)))
+            assert await answer(run.pool, 10, name) == 10
+            return adapter
+
+        one, other = await asyncio.gather(learn("one"), learn("other"))
+    assert one.ref.digest == other.ref.digest
