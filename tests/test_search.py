@@ -132,8 +132,8 @@ def test_a_point_that_is_no_recipe_is_named(tasks: list[Task]) -> None:
 
 
 def test_points_that_cannot_share_are_said(tasks: list[Task]) -> None:
-    paper, full = load_recipe("paper"), read_grid("authors-full")
-    assert notices(Search(tasks, paper, "paper", full)) == []
+    full = read_grid("authors-full")
+    assert notices(Search(tasks, load_recipe("paper"), "paper", full)) == []
     target = load_recipe("paper", {"synthesis.target_rows": 9})
     [notice] = notices(Search(tasks, target, "paper", full))
     assert "points that differ in filters.samples.length generate" in notice
@@ -320,9 +320,8 @@ async def test_a_search_writes_its_table_and_recipes_that_run(
     assert "Simulated engines answered, without a model: the figures mean nothing." in text
     assert "points 1: time_first: 0 of 12 candidates are left" in text.replace("\\", "")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    base, lost_base = [row for row in rows if row[0] == "base"]
-    assert lost_base[3] == f"{generation['tasks'][0]['score']:.1f}"
-    assert base[3] == f"{classification['tasks'][0]['score']:.1f}"
+    bases = [f"{kind['tasks'][0]['score']:.1f}" for kind in (classification, generation)]
+    assert [row[3] for row in rows if row[0] == "base"] == bases
     assert sum(row[0] == "winner" for row in rows) == 2
     assert [row[3:] for row in rows if row[0] == "1"][-1] == ["failed", "failed", ""]
 
