@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 
+class UserError(Exception):
+    """A mistake that the user can mend. One line: what is wrong, where, and the remedy. Exit code 2."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters of one request. `temperature` 0 is greedy.
@@ -178,6 +182,8 @@ class EngineSpec:
     block_size: int | None = None
     max_loras: int = 4
     max_lora_rank: int = 16
+    adapter_cache_gib: float = 50.0
+    """What adapters fetched from an object store may take on a node's disk, those in use aside."""
     enforce_eager: bool = False
     seed: int = 0
     tokens_per_s: float = 0.0

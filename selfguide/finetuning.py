@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.trainers import TrainingFailed
+from engines.files import locate, move_folder, remove_folder
 from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 from selfguide.errors import TaskFailed
 from selfguide.prompts import TooLong
@@ -132,8 +131,8 @@ def train_spec(run: TaskRun) -> TrainSpec:
 
 def _keep_weights(stage: Stage, result: TrainResult) -> None:
     """Moves the final weights beside the stage's rows; the trainer's folder goes with the work folder."""
-    shutil.rmtree(stage.path / "weights", ignore_errors=True)  # of a process that was killed before its marker
-    Path(result.checkpoints[-1].url).rename(stage.path / "weights")
+    remove_folder(stage.path / "weights")  # of a process that was killed before its marker
+    move_folder(locate(result.checkpoints[-1].url), stage.path / "weights")
 
 
 def _described(result: TrainResult) -> dict[str, Any]:

@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from engines.files import AnyPath
 from selfguide.report.collect import collect
 from selfguide.report.markdown import render
 from selfguide.store import write_whole
 
 
-def read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: AnyPath) -> dict[str, Any]:
     """The document of `docs/report.md`. Reads only; raises `UserError` where `folder` is no run folder."""
     return collect(folder)
 
 
-def write_report(folder: Path) -> tuple[dict[str, Any], str]:
+def write_report(folder: AnyPath) -> tuple[dict[str, Any], str]:
     """Writes `report.json` and `report.md` into the run folder; returns the document and the Markdown."""
     document = read_report(folder)
     markdown = render(document)
