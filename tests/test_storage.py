@@ -374,9 +374,8 @@ def test_a_damaged_adapter_is_fetched_again(
 
     def fetch_cut(source: Url, target: Path) -> None:
         fetch(source, target)
-        if cut.pop():
+        if cut and cut.pop():
             (target / weights.name).write_bytes(whole[:-100])
-            cut.append(False)
 
     monkeypatch.setattr(adapter_cache, "fetch_folder", fetch_cut)
     bring_near(ref, 1.0)
@@ -391,9 +390,6 @@ def test_a_damaged_adapter_is_fetched_again(
 def test_an_adapter_that_cannot_be_fetched_is_the_rows_failure(root: Url, cache: Path) -> None:
     with pytest.raises(BadAdapter, match=r"its weights are not those"):
         bring_near(AdapterRef("0" * 64, str(root / "nothing"), 4, ""), 1.0)
-    dead = "s3://runs/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
-    with pytest.raises(BadAdapter, match=r"cannot be fetched .*does not answer"):
-        bring_near(AdapterRef("0" * 64, dead, 4, ""), 1.0)
 
 
 def test_the_cache_drops_what_was_used_longest_ago(remote: Callable[[int], AdapterRef], cache: Path) -> None:
@@ -498,12 +494,12 @@ async def test_a_run_in_a_store_killed_and_resumed_equals_a_local_one(
 ) -> None:
     settings = [f"{key}={value}" for key, value in SLOW.items()]
     driver = Driver(run_command(SENTIMENT, settings, str(random_student)), tmp_path / "log", str(root))
-    while not [name for name in names(root) if "/work/rows-" in name]:
+    while not (shards := [*root.glob("tasks/*/synthesis/*/work/rows-*")]):
         assert not driver.ended, driver.log.read_text()
     assert driver.kill("driver")
     driver.bury()
-    committed = [path.read_bytes() for path in root.glob("tasks/*/synthesis/*/work/rows-*")]
-    assert committed
+    committed = Stage("synthesis", shards[0].parents[1], {}, []).committed()
+    assert 0 < len(committed) < 200
     async with open_simulated(**ROWS) as session:
         task = load_task(SENTIMENT)
         await api.run(task, session.recipe, str(root), session=session)
@@ -511,6 +507,8 @@ async def test_a_run_in_a_store_killed_and_resumed_equals_a_local_one(
     found, local = stored_rows(root), stored_rows(tmp_path / "local")
     assert {stage for stage, _ in found} >= {"synthesis", "curation", "finetuning", "evaluation", "comparison"}
     assert found == local
+    [synthesis] = [rows for (stage, _), rows in found.items() if stage == "synthesis"]
+    assert synthesis[: len(committed)] == committed
     assert not [name for name in names(root) if "/work/" in name]
     check_report(root, tmp_path / "local")
 
@@ -529,7 +527,6 @@ def check_report(root: Url, local: Path) -> None:
     [
         ("s3://runs/doctor?{options}", "ok", "can be listed, written, read and removed from"),
         ("s3://absent/doctor?{options}", "error", "there is no such bucket"),
-        ("s3://runs/doctor?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1", "error", "does not answer"),
     ],
 )
 def test_the_doctor_tries_the_store(root: Url, options: str, place: str, level: str, said: str) -> None:

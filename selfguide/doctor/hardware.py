@@ -78,7 +78,7 @@ def _check_store(out: Url) -> Finding:
         probe.read_bytes()
         probe.unlink()
     except UserError as error:
-        found, _, remedy = str(error).partition("; ")
+        found, _, remedy = str(error).replace(str(probe), str(out)).partition("; ")
         return Finding("storage", "error", found, remedy)
     return Finding("storage", "ok", f"{out} can be listed, written, read and removed from")
 
