@@ -63,7 +63,8 @@ async def measure(args: argparse.Namespace, student: Student, folder: Path) -> t
     """Seconds of each repeat, and the digests of all adapters."""
     rows = write_rows(folder / "rows.parquet", student, args.rows)
     spec = TrainSpec(student.folder, student.digest, epochs=args.epochs)
-    kinds = {"warm": Trainers(1, TrainerShape(1)), "fresh": Trainers(1, TrainerShape(1, stays=False))}
+    one = {"num_cpus": 1}
+    kinds = {"warm": Trainers([TrainerShape(one)]), "fresh": Trainers([TrainerShape(one, stays=False)])}
     for name, trainers in kinds.items():  # the queues start, and one trainer gets warm
         await run(trainers, spec, rows, folder / f"{name}-first")
     repeats: list[dict[str, float]] = []

@@ -61,18 +61,21 @@ async def measure(args: argparse.Namespace) -> tuple[float, list[dict[str, Any]]
     ids = student.tokenizer.encode("the river moved slowly past old stone houses while children counted boats " * 9)
     sampling = [Sampling(max_tokens=args.max_tokens, seed=1000 * row) for row in range(args.rows)]
     rows = [Request(f"row-{i}", ids[i : i + PROMPT_TOKENS], one) for i, one in enumerate(sampling)]
-    with ray_session(recipe.cluster) as resources:
+    with ray_session(recipe.cluster) as nodes:
         began = clock()
-        [actor] = await start_engines(engine_spec(recipe, student), recipe.cluster, place(recipe.cluster, 1, resources))
+        placement = place(recipe.cluster, 1, nodes)
+        fleet = await start_engines(engine_spec(recipe, student), recipe.cluster, placement)
         start_s = round(clock() - began, 2)
         stderr_line(f"engine started in {start_s} s")
-        pool = Pool([actor], 2 * args.rows, recipe.cluster.limits)
+        pool = Pool(fleet)
         undisturbed = [answer async for answer in pool.generate(rows)]
         try:
-            repeats = [await kill_and_time(pool, actor, rows, undisturbed, start_s) for _ in range(args.repeats)]
+            repeats = [
+                await kill_and_time(pool, fleet.actors[0], rows, undisturbed, start_s) for _ in range(args.repeats)
+            ]
         finally:
             await pool.close()
-            stop_engines([actor])
+            stop_engines(fleet)
     return start_s, repeats
 
 
@@ -91,7 +94,7 @@ async def kill_and_time(
                 first.append(clock())
 
     job = asyncio.create_task(collect())
-    while (await actor.stats.remote()).in_flight < len(rows):
+    while (await actor.stats.remote())[0].in_flight < len(rows):
         await asyncio.sleep(0.005)
     before = len(answers)
     core = await core_of(actor)

@@ -1,4 +1,9 @@
-"""The actor that holds one engine: lets batches in, answers as rows finish, and exits when its engine is dead."""
+"""The actor that holds engines: takes rows in, keeps answers until their client fetches them, and exits when its engine
+is dead.
+
+Rows and answers travel apart: `submit` returns at once, and each client has one `collect` under way, so that a turn of
+the event loop costs one message whatever the number of engines, calls and tasks behind it.
+"""
 
 from __future__ import annotations
 
@@ -8,173 +13,234 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+import uuid
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 
+from cluster.berth import Berth, EngineChanged
 from cluster.placement import Limits
-from engines.adapters import BadAdapter
-from engines.types import AdapterRef, Engine, EngineDead, EngineSpec, EngineStats, Outcome, Request, RequestFailed, Work
+from engines.types import EngineDead, EngineSpec, EngineStats, Outcome, Work, num_sequences
 
-_FLUSH_S = 0.05
-"""Long enough for a yielded object to leave the process before the process may die."""
+_GATHER_S = 0.01
+"""How long answers are gathered before they travel: engines finish many rows in one step."""
+_WAIT_S = 30.0
+"""A `collect` returns after this long with nothing, as a sign of life."""
 
 
-class Gate:
-    """Rows of one kind may be inside together, or one call alone. First come, first served, so nobody starves."""
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Rows for the actor's engine number `slot`, all with the same adapter. `alone`: with nothing else in it."""
 
-    def __init__(self) -> None:
-        self._door = asyncio.Lock()
-        self._changed = asyncio.Condition()
-        self._inside = 0
-        self._kind: str | None = None
+    slot: int
+    rows: Sequence[Work]
+    alone: bool = False
 
-    def shared(self, kind: str = "") -> AbstractAsyncContextManager[None]:
-        return self._enter(kind)
 
-    def alone(self) -> AbstractAsyncContextManager[None]:
-        return self._enter(None)
+@dataclass(slots=True)
+class Reply:
+    """What an actor has for a client.
 
-    @asynccontextmanager
-    async def _enter(self, kind: str | None) -> AsyncIterator[None]:
-        async with self._door, self._changed:
-            await self._changed.wait_for(lambda: not self._inside or (kind is not None and kind == self._kind))
-            self._inside += 1
-            self._kind = kind
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
+    `life` names the actor's process. `begun` are rows that went in alone: without this word nobody is blamed for a
+    death. `lost` are rows whose engine died while the process lived on. `loads` has for each slot that the client's
+    rows are in the sequences of all clients, and the number of clients.
+    """
+
+    life: str
+    outcomes: list[Outcome] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
+    lost: list[tuple[int, list[str]]] = field(default_factory=list)
+    loads: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.outcomes or self.begun or self.lost)
+
+
+class _Mailbox:
+    """What waits for one client."""
+
+    def __init__(self, life: str) -> None:
+        self.reply = Reply(life)
+        self.rung = asyncio.Event()
+
+    def take(self) -> Reply:
+        self.rung.clear()
+        reply, self.reply = self.reply, Reply(self.reply.life)
+        return reply
 
 
 class EngineActor:
-    """One engine behind Ray. A restart misses nothing: adapters are loaded by the requests that name them."""
+    """One engine behind Ray, or many simulated ones. A restart misses nothing: adapters are loaded by the rows that
+    name them."""
 
-    def __init__(self, spec: EngineSpec, limits: Limits) -> None:
-        self._engine = build_engine(spec)
-        self._gate = Gate()
-        self._night = AsyncExitStack()
-        threading.Thread(target=_watch, args=(self._engine, limits), daemon=True).start()
+    def __init__(self, spec: EngineSpec, limits: Limits, first: int = 0, count: int = 1) -> None:
+        self._life = uuid.uuid4().hex
+        self._limits = limits
+        self._mail: dict[str, _Mailbox] = {}
+        self._clients: list[Counter[str]] = [Counter() for _ in range(count)]
+        self._tasks: set[asyncio.Task[None]] = set()
+        last_words = _exit if count == 1 else _say
+        self._berths = [Berth(spec, first + slot, last_words) for slot in range(count)]
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def run(self, batch: Sequence[Work], *, alone: bool = False) -> AsyncIterator[list[Outcome]]:
-        """Outcomes of a batch as they finish. `alone`: with no other row in flight on this engine."""
+    async def ready(self) -> tuple[str, list[tuple[float, ...]]]:
+        """Returns once all engines take rows: the node's id, and what each engine said of the canary."""
         try:
-            for kind, part in self._kinds(batch):
-                async for outcomes in self._run_kind(kind, part, alone):
-                    yield outcomes
+            await asyncio.gather(*(berth.ready() for berth in self._berths))
         except EngineDead as error:
-            print(f"engine is dead: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _exit(f"at its start: {error}")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            threading.Thread(target=self._watch, daemon=True).start()
+            self._spawn(self._check_canaries())
+        return ray.get_runtime_context().get_node_id(), [berth.canary for berth in self._berths]
 
-    def _kinds(self, batch: Sequence[Work]) -> list[tuple[str, Sequence[Work]]]:
-        """The batch, split where the engine must not have rows with and without an adapter in one step."""
-        if self._engine.mixes_adapters:
-            return [("", batch)]
-        base = [item for item in batch if item.adapter is None]
-        adapted = [item for item in batch if item.adapter is not None]
-        return [(kind, part) for kind, part in (("base", base), ("adapted", adapted)) if part]
+    # ---- rows and answers
 
-    async def _run_kind(self, kind: str, batch: Sequence[Work], alone: bool) -> AsyncIterator[list[Outcome]]:
-        async with self._gate.alone() if alone else self._gate.shared(kind):
-            if alone:
-                yield []  # "started": without this word the client blames nobody for a death
-                await asyncio.sleep(_FLUSH_S)
-            if alone or not self._missing(batch):
-                async for outcomes in self._answer(batch, await self._load(batch)):
-                    yield outcomes
-                return
-        # Nothing may be in flight now: vLLM has mixed up adapters that were loaded during decoding.
-        async with self._gate.alone():
-            async for outcomes in self._answer(batch, await self._load(batch)):
-                yield outcomes
+    async def submit(self, client: str, parcels: Sequence[Parcel]) -> str:
+        """Takes rows in; returns the name of this process's life."""
+        mailbox = self._mail.setdefault(client, _Mailbox(self._life))
+        for parcel in parcels:
+            self._spawn(self._serve(client, mailbox, parcel))
+        return self._life
 
-    def _missing(self, batch: Sequence[Work]) -> set[AdapterRef | None]:
-        return {ref for ref in {item.adapter for item in batch} if not self._engine.serves(ref)}
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
 
-    async def _load(self, batch: Sequence[Work]) -> dict[AdapterRef | None, str]:
-        """Loads what the batch needs; returns the adapters that cannot be served, and why."""
-        refused: dict[AdapterRef | None, str] = {}
-        for ref in self._missing(batch):
-            try:
-                await self._engine.load_adapter(ref)
-            except BadAdapter as error:
-                refused[ref] = str(error)
-        return refused
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        """A bug in here must not leave rows without an answer: the process ends, and its traceback is in its log."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+            _exit(f"a bug: {error!r}")
 
-    async def _answer(
-        self, batch: Sequence[Work], refused: dict[AdapterRef | None, str]
-    ) -> AsyncIterator[list[Outcome]]:
-        bad = [item for item in batch if item.adapter in refused]
-        if bad:
-            yield [RequestFailed(item.id, "adapter", refused[item.adapter]) for item in bad]
-        good = [item for item in batch if item.adapter not in refused]
-        sampled = [item for item in good if isinstance(item, Request)]
-        scored = [item for item in good if not isinstance(item, Request)]
-        if sampled:
-            async for outcomes in self._engine.generate(sampled):
-                yield outcomes
-        if scored:
-            async for outcomes in self._engine.score(scored):
-                yield outcomes
+    async def _serve(self, client: str, mailbox: _Mailbox, parcel: Parcel) -> None:
+        berth, here = self._berths[parcel.slot], self._clients[parcel.slot]
+        left = {row.id: row for row in parcel.rows}
+        sequences = sum(map(num_sequences, parcel.rows))
+        here[client] += sequences
+        try:
+            while left:
+                try:
+                    await self._answer(berth, mailbox, parcel, left)
+                except EngineChanged:
+                    continue
+                break
+        except EngineDead:
+            mailbox.reply.lost.append((parcel.slot, list(left)))
+            mailbox.rung.set()
+        finally:
+            here[client] -= sequences
+            if not here[client]:
+                del here[client]
 
-    @ray.method(concurrency_group="control")
+    async def _answer(self, berth: Berth, mailbox: _Mailbox, parcel: Parcel, left: dict[str, Work]) -> None:
+        def begun() -> None:
+            mailbox.reply.begun += left
+            mailbox.rung.set()
+
+        async for outcomes in berth.answer(list(left.values()), alone=parcel.alone, begun=begun):
+            for outcome in outcomes:
+                del left[outcome.id]
+            mailbox.reply.outcomes += outcomes
+            mailbox.rung.set()
+
+    async def collect(self, client: str) -> Reply:
+        """Waits for answers to this client's rows, and gives all that are there."""
+        mailbox = self._mail.setdefault(client, _Mailbox(self._life))
+        try:
+            await asyncio.wait_for(mailbox.rung.wait(), _WAIT_S)
+            if not mailbox.reply.begun:
+                await asyncio.sleep(_GATHER_S)
+        except TimeoutError:
+            pass
+        reply = mailbox.take()
+        for slot, here in enumerate(self._clients):
+            if client in here:
+                reply.loads[slot] = (here.total(), len(here))
+        return reply
+
     async def abort(self, ids: Sequence[str]) -> None:
-        await self._engine.abort(ids)
+        for berth in self._berths:
+            await berth.abort(ids)
+
+    async def leave(self, client: str) -> None:
+        """The client has gone; what is left for it is thrown away."""
+        self._mail.pop(client, None)
+
+    # ---- what others ask
 
     @ray.method(concurrency_group="control")
-    async def stats(self) -> EngineStats:
-        return self._engine.stats()
+    async def stats(self) -> list[EngineStats]:
+        """Of each engine. Answers while the actor's event loop is busy, in another one: it only reads."""
+        return [berth.stats() for berth in self._berths]
 
     @ray.method(concurrency_group="control")
     async def pids(self) -> list[int]:
         """This process and its children, the engine's core among them."""
         return [os.getpid(), *_children()]
 
+    async def ping(self) -> str:
+        return self._life
+
     async def sleep(self) -> None:
-        """Waits until nothing is in flight, keeps everything out until `wake`, and gives the accelerator back."""
-        self._night = AsyncExitStack()
-        await self._night.enter_async_context(self._gate.alone())
-        await self._engine.sleep()
+        """Once nothing is in flight, engines give their accelerators back; rows wait until `wake`."""
+        await asyncio.gather(*(berth.sleep() for berth in self._berths))
 
     async def wake(self) -> None:
-        await self._engine.wake()
-        await self._night.aclose()
+        await asyncio.gather(*(berth.wake() for berth in self._berths))
 
     async def close(self) -> None:
-        self._engine.close()
+        for berth in self._berths:
+            berth.close()
+
+    # ---- supervision
+
+    async def _check_canaries(self) -> None:
+        while self._limits.canary_s:
+            await asyncio.sleep(self._limits.canary_s)
+            await asyncio.gather(*(berth.check() for berth in self._berths))
+
+    def _watch(self) -> None:
+        """Gives engines up that have work and no pulse; a thread, so that a stuck event loop is seen too."""
+        last, since = [-1] * len(self._berths), [time.monotonic()] * len(self._berths)
+        while True:
+            time.sleep(1.0)
+            for slot, berth in enumerate(self._berths):
+                stats, now = berth.stats(), time.monotonic()
+                pulse = stats.progress + (stats.life << 40)
+                if pulse != last[slot] or not stats.in_flight:
+                    last[slot], since[slot] = pulse, now
+                limit_s = self._limits.stall_s if stats.progress else self._limits.first_step_s
+                if now - since[slot] > limit_s:
+                    since[slot] = now
+                    self._give_up(berth, f"no step for {limit_s:g} s with {stats.in_flight} rows in flight")
+
+    def _give_up(self, berth: Berth, reason: str) -> None:
+        faulthandler.dump_traceback(file=sys.stderr)
+        if len(self._berths) == 1:
+            _exit(reason)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(berth.doom, reason)
 
 
-def build_engine(spec: EngineSpec) -> Engine:
-    """The engine that `spec.kind` names, started in this process."""
-    if spec.kind == "simulated":
-        from engines.simulated import SimulatedEngine
+def _say(reason: str) -> None:
+    print(f"engine is dead: {reason}", file=sys.stderr, flush=True)
 
-        return SimulatedEngine(spec)
-    from engines.vllm_engine import VllmEngine
 
-    return VllmEngine(spec)
+def _exit(reason: str) -> None:
+    _say(reason)
+    os._exit(1)
 
 
 def _children() -> list[int]:
     """Linux lists them by the thread that started them, and Ray runs an actor in a thread of its own."""
     found = [path.read_text(encoding="ascii").split() for path in Path("/proc/self/task").glob("*/children")]
     return [int(pid) for pids in found for pid in pids]
-
-
-def _watch(engine: Engine, limits: Limits) -> None:
-    """Exits the process when the engine has work and no pulse; a thread, so that a stuck event loop is seen too."""
-    last, since = -1, time.monotonic()
-    while True:
-        time.sleep(1.0)
-        stats = engine.stats()
-        if stats.progress != last or not stats.in_flight:
-            last, since = stats.progress, time.monotonic()
-        limit_s = limits.stall_s if stats.progress else limits.first_step_s
-        if time.monotonic() - since > limit_s:
-            print(f"engine made no step for {limit_s:g} s with {stats.in_flight} rows in flight", file=sys.stderr)
-            faulthandler.dump_traceback(file=sys.stderr)
-            os._exit(1)

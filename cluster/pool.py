@@ -1,78 +1,44 @@
-"""The pool's client: routes rows to engine actors, outlives their deaths, and gives one answer per row.
+"""The pool's client: routes rows to engines, outlives their deaths, and gives one answer per row.
 
 Any process may hold a `Pool`; each keeps its own window of rows in flight on every engine and talks to the actors
-directly. An engine's death is an event, not a row's failure: Ray restarts the actor, and the rows that were in flight
-(the suspects) run again in halves, alone on an engine, so that only a row that was by itself when its engine died is
-ever blamed.
+directly. Tasks take turns, so that none waits for another's thousand rows. An engine's death is an event, not a row's
+failure: Ray restarts the actor, and the rows that were in flight (the suspects) run again in halves, alone on an
+engine, so that only a row that was by itself when its engine died is ever blamed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
+import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
-from cluster.placement import Limits
-from engines.types import Completion, EngineStats, Outcome, Request, RequestFailed, Work
+from cluster.berth import differs
+from cluster.engine_actor import Parcel, Reply
+from cluster.fleet import EnginesLost, Fleet, as_future, engine_stats
+from cluster.lane import Host, Lane, Router, Ticket
+from engines.types import Completion, EngineStats, Outcome, RequestFailed, Work
+
+__all__ = ["Channel", "EnginesLost", "Pool", "as_future"]
 
 Journal = Callable[[dict[str, Any]], None]
 """Writes one event down durably before it returns."""
 
 _DEATHS_TO_BLAME = 2
-CALL_ROWS = 64
-"""Rows in one actor call: fewer cost Ray overhead, more wait for each other (measured on two cores)."""
+TURN_ROWS = 32
+"""Rows that a task may send before the others have their turn."""
+_PUMP_S = 0.005
+"""Rows that become ready within this time travel together."""
 _PING_S = 5.0
-
-
-class EnginesLost(Exception):
-    """No engine is left, or engines died more often than `limits.max_deaths`. What was committed is safe."""
-
-
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """A row on its way: who waits for it, and whether it has been in flight at a death."""
-
-    work: Work
-    channel: Channel
-    wire_id: str = ""
-    deaths_alone: int = 0
-
-    @property
-    def sequences(self) -> int:
-        return self.work.sampling.n if isinstance(self.work, Request) else 1
-
-    @property
-    def full_weights(self) -> str:
-        """Rows of different full weights cannot share a call."""
-        adapter = self.work.adapter
-        return adapter.digest if adapter is not None and adapter.kind == "full" else ""
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """One engine as this client sees it."""
-
-    name: str
-    actor: Any
-    window: int
-    state: str = "ready"  # ready | down | lost
-    in_flight: dict[str, _Ticket] = field(default_factory=dict)
-    sequences: int = 0
-    num_calls: int = 0
-    life: int = 1
-    busy_alone: bool = False
-
-    @property
-    def has_room(self) -> bool:
-        return self.state == "ready" and self.sequences < self.window
+_DEAD_FOR_GOOD = 5
+"""So many times in a row Ray says that an actor is dead: it is not only between two lives."""
 
 
 @dataclass(slots=True)
@@ -84,6 +50,7 @@ class PoolCounts:
     stale: int = 0
     deaths: int = 0
     poisoned: int = 0
+    prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
 
@@ -95,6 +62,7 @@ class Channel:
         self.affinity = affinity
         self.journal = journal
         self.open = True
+        self.waiting: deque[Ticket] = deque()
         self._pool = pool
         self._suspects = suspects
         self._answers: asyncio.Queue[Outcome | BaseException] = asyncio.Queue()
@@ -102,7 +70,7 @@ class Channel:
 
     def send(self, requests: Sequence[Work]) -> None:
         for request in requests:
-            self._pool.enqueue(_Ticket(request, self), suspect=request.id in self._suspects)
+            self._pool.enqueue(Ticket(request, self), suspect=request.id in self._suspects)
 
     async def receive(self) -> list[Outcome]:
         """All answers that are there, one at least, in the order of arrival. Raises `EnginesLost`."""
@@ -120,13 +88,21 @@ class Channel:
 class Pool:
     """A client of the engine actors. Use from one event loop; `close` it in the same loop."""
 
-    def __init__(self, actors: Sequence[Any], window: int, limits: Limits) -> None:
-        self._lanes = [_Lane(f"engine-{i}", actor, window) for i, actor in enumerate(actors)]
-        self._limits = limits
-        self._pending: deque[_Ticket] = deque()
-        self._suspects: deque[list[_Ticket]] = deque()
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, self._limits = fleet, fleet.limits
+        self._name = uuid.uuid4().hex
+        self._hosts = [Host(actor, node) for actor, node in zip(fleet.actors, fleet.nodes, strict=True)]
+        self._lanes: list[Lane] = []
+        for number in range(fleet.num_engines):
+            host, aside = self._hosts[number // fleet.per_actor], number >= fleet.num_engines - fleet.num_set_aside
+            lane = Lane(f"engine-{number}", host, number % fleet.per_actor, fleet.slots, aside)
+            host.lanes.append(lane)
+            self._lanes.append(lane)
+        self._router = Router(self._lanes)
+        self._turns: deque[Channel] = deque()
+        self._suspects: deque[list[Ticket]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pump_scheduled = False
+        self._pump_due: asyncio.TimerHandle | None = None
         self._dispatches = 0
         self.counts = PoolCounts()
 
@@ -157,76 +133,97 @@ class Pool:
 
     score = generate
 
-    @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
-        """Once nothing is in flight, engines give their accelerator back; rows wait until they are awake again."""
-        await asyncio.gather(*(as_future(lane.actor.sleep.remote()) for lane in self._lanes if lane.state != "lost"))
-        try:
-            yield
-        finally:
-            await asyncio.gather(*(as_future(lane.actor.wake.remote()) for lane in self._lanes if lane.state != "lost"))
-
     async def stats(self) -> list[EngineStats]:
-        return list(await asyncio.gather(*(lane.actor.stats.remote() for lane in self._lanes if lane.state == "ready")))
+        return [one for one in await engine_stats(self._fleet) if one is not None]
+
+    @property
+    def room(self) -> int:
+        """Sequences that could go into free slots now, and that no row here waits for."""
+        if self._turns or self._suspects:
+            return 0
+        return sum(max(0, lane.slots - lane.sequences - lane.others) for lane in self._lanes if lane.state == "ready")
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for host in self._hosts:
+            host.actor.leave.remote(self._name)
 
     # ---- sending
 
-    def enqueue(self, ticket: _Ticket, *, suspect: bool) -> None:
+    def enqueue(self, ticket: Ticket, *, suspect: bool) -> None:
         if suspect:
             self._suspects.append([ticket])
         else:
-            self._pending.append(ticket)
+            self._wait(ticket)
         self._schedule_pump()
 
+    def _wait(self, ticket: Ticket, *, first: bool = False) -> None:
+        waiting = ticket.channel.waiting
+        if not waiting:
+            self._turns.append(ticket.channel)
+        waiting.appendleft(ticket) if first else waiting.append(ticket)
+
     def _schedule_pump(self) -> None:
-        """Once per turn of the event loop, so that rows that become ready together travel together."""
-        if not self._pump_scheduled:
-            self._pump_scheduled = True
-            asyncio.get_running_loop().call_soon(self._pump)
+        if self._pump_due is None:
+            self._pump_due = asyncio.get_running_loop().call_later(_PUMP_S, self._pump)
 
     def _pump(self) -> None:
-        self._pump_scheduled = False
+        self._pump_due = None
         if all(lane.state == "lost" for lane in self._lanes):
             self._fail_all(EnginesLost("every engine is lost; see the engines' logs, then run the same command again"))
             return
-        for lane in self._lanes:
-            if self._suspects and lane.state == "ready" and not lane.busy_alone:
-                self._start_call(lane, self._suspects.popleft(), alone=True)
-        batches: dict[tuple[int, str], list[_Ticket]] = {}
-        while self._pending and (home := self._route(self._pending[0])) is not None:
-            ticket = self._pending.popleft()
-            home.sequences += ticket.sequences
-            batches.setdefault((self._lanes.index(home), ticket.full_weights), []).append(ticket)
-        for (index, _), tickets in batches.items():
-            for start in range(0, len(tickets), CALL_ROWS):
-                self._start_call(self._lanes[index], tickets[start : start + CALL_ROWS], counted=True)
+        parcels: dict[Host, list[tuple[Lane, Parcel]]] = {}
+        for _ in range(len(self._suspects)):
+            group = self._suspects.popleft()
+            if free := self._router.free_of_suspects(group[0].adapter):
+                self._pack(parcels, free, group, alone=True)
+            else:
+                self._suspects.append(group)
+        self._take_turns(parcels)
+        for host, packed in parcels.items():
+            self._spawn(self._submit(host, packed))
+            if not host.collecting:
+                host.collecting = True
+                self._spawn(self._collect(host))
 
-    def _route(self, ticket: _Ticket) -> _Lane | None:
-        """The affinity's own engine while it has room, then the one with the least in flight; None: wait."""
-        open_lanes = [lane for lane in self._lanes if lane.has_room]
-        if not open_lanes:
-            return None
-        if ticket.channel.affinity:
-            home = max(self._lanes, key=lambda lane: _rendezvous(ticket.channel.affinity, lane.name))
-            if home.has_room:
-                return home
-        return min(open_lanes, key=lambda lane: lane.sequences)
+    def _take_turns(self, parcels: dict[Host, list[tuple[Lane, Parcel]]]) -> None:
+        """Round after round, until no engine has room for what waits."""
+        num_blocked, full = 0, False
+        while self._turns and num_blocked < len(self._turns):
+            channel = self._turns.popleft()
+            adapter = channel.waiting[0].adapter
+            lane = None if full and adapter is None else self._router.route(channel.affinity, adapter)
+            if lane is None:
+                num_blocked, full = num_blocked + 1, full or adapter is None
+            else:
+                num_blocked = 0
+                self._pack(parcels, lane, _take_turn(channel.waiting, lane), alone=False)
+            if channel.waiting:
+                self._turns.append(channel)
 
-    def _start_call(self, lane: _Lane, tickets: list[_Ticket], *, alone: bool = False, counted: bool = False) -> None:
-        if not counted:
-            lane.sequences += sum(ticket.sequences for ticket in tickets)
+    def _pack(
+        self, parcels: dict[Host, list[tuple[Lane, Parcel]]], lane: Lane, tickets: list[Ticket], *, alone: bool
+    ) -> None:
         for ticket in tickets:
             self._dispatches += 1
-            ticket.wire_id = f"{ticket.work.id}#{self._dispatches}"
-            lane.in_flight[ticket.wire_id] = ticket
+            ticket.alone, ticket.begun = alone, False
+            lane.take(ticket, f"{ticket.work.id}#{self._dispatches}")
         self.counts.dispatched += len(tickets)
         lane.busy_alone |= alone
-        self._spawn(self._call(lane, tickets, alone))
+        rows = [replace(ticket.work, id=ticket.wire_id) for ticket in tickets]
+        parcels.setdefault(lane.host, []).append((lane, Parcel(lane.slot, rows, alone)))
+
+    async def _submit(self, host: Host, packed: Sequence[tuple[Lane, Parcel]]) -> None:
+        try:
+            life = await host.actor.submit.remote(self._name, [parcel for _, parcel in packed])
+        except RayActorError as error:
+            # Perhaps it died before, and what was in flight has been seen to: only these rows are left.
+            for lane, parcel in packed:
+                await self._on_death(lane, [row.id for row in parcel.rows], error)
+            return
+        host.life = host.life or life
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -234,144 +231,179 @@ class Pool:
         task.add_done_callback(self._reap)
 
     def _reap(self, task: asyncio.Task[None]) -> None:
-        """A bug in a call must reach whoever waits, not end in a log."""
+        """A bug in here must reach whoever waits, not end in a log."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail_all(error)
 
     # ---- answers
 
-    async def _call(self, lane: _Lane, tickets: list[_Ticket], alone: bool) -> None:
-        batch = [replace(ticket.work, id=ticket.wire_id) for ticket in tickets]
-        watcher = asyncio.get_running_loop().create_task(self._kill_if_mute(lane))
-        started = not alone
-        lane.num_calls += 1
+    async def _collect(self, host: Host) -> None:
+        """Fetches answers as long as rows of ours are in this actor."""
+        watcher = asyncio.get_running_loop().create_task(self._kill_if_mute(host))
         try:
-            async for reference in lane.actor.run.options(num_returns="streaming").remote(batch, alone=alone):
-                outcomes = await reference
-                started = True
-                for outcome in outcomes:
-                    self._settle(lane, outcome)
-        except RayActorError as error:
-            self._on_death(lane, tickets, alone, blame=started and not getattr(error, "preempted", False))
+            while host.num_in_flight:
+                try:
+                    reply: Reply = await host.actor.collect.remote(self._name)
+                except RayActorError as error:
+                    await self._lose(host, error)
+                    continue
+                if host.life not in ("", reply.life):  # it died and is back, and nobody was told
+                    await self._lose(host, None)
+                host.life = reply.life
+                await self._take(host, reply)
         finally:
+            host.collecting = False
             watcher.cancel()
-            lane.num_calls -= 1
-            lane.busy_alone &= not alone
+
+    async def _take(self, host: Host, reply: Reply) -> None:
+        by_slot = {lane.slot: lane for lane in host.lanes}
+        names = {wire_id: lane for lane in host.lanes for wire_id in lane.in_flight} if reply.begun else {}
+        for wire_id in reply.begun:
+            if wire_id in names:
+                names[wire_id].in_flight[wire_id].begun = True
+        for outcome in reply.outcomes:
+            self._settle(host, outcome)
+        for slot, ids in reply.lost:
+            await self._on_death(by_slot[slot], ids, None)
+        for slot, (sequences, clients) in reply.loads.items():
+            lane = by_slot[slot]
+            lane.others, lane.clients = max(0, sequences - lane.sequences), max(1, clients)
+        if not reply.empty:
             self._schedule_pump()
 
-    def _settle(self, lane: _Lane, outcome: Outcome) -> None:
-        ticket = lane.in_flight.pop(outcome.id, None)
+    def _settle(self, host: Host, outcome: Outcome) -> None:
+        ticket = next((found for lane in host.lanes if (found := lane.drop(outcome.id))), None)
         if ticket is None:
             self.counts.stale += 1
             return
-        lane.sequences -= ticket.sequences
         self.counts.answered += 1
         if isinstance(outcome, Completion):
             self.counts.output_tokens += sum(len(sample.token_ids) for sample in outcome.samples)
             self.counts.cached_tokens += outcome.cached_tokens
         if ticket.channel.open:
             ticket.channel.deliver(replace(outcome, id=ticket.work.id))
-        self._schedule_pump()
 
     def _abandon(self, channel: Channel) -> None:
         """The caller has gone: what waits is dropped, what runs is aborted and its answers are not delivered."""
         channel.open = False
-        self._pending = deque(ticket for ticket in self._pending if ticket.channel is not channel)
+        if channel.waiting:
+            channel.waiting.clear()
+            self._turns.remove(channel)
         groups = ([ticket for ticket in group if ticket.channel is not channel] for group in self._suspects)
         self._suspects = deque(group for group in groups if group)
-        for lane in self._lanes:
-            running = [wire_id for wire_id, ticket in lane.in_flight.items() if ticket.channel is channel]
-            if running and lane.state == "ready":
-                lane.actor.abort.remote(running)
+        self._router.forget(channel.affinity)
+        for host in self._hosts:
+            running = [
+                wire_id for lane in host.lanes if lane.state == "ready"
+                for wire_id, ticket in lane.in_flight.items() if ticket.channel is channel
+            ]  # fmt: skip
+            if running:
+                host.actor.abort.remote(running)
 
     def _fail_all(self, error: BaseException) -> None:
-        waiting = [*self._pending, *(ticket for group in self._suspects for ticket in group)]
+        waiting = [ticket for channel in self._turns for ticket in channel.waiting]
+        waiting += [ticket for group in self._suspects for ticket in group]
         waiting += [ticket for lane in self._lanes for ticket in lane.in_flight.values()]
-        self._pending.clear()
+        for channel in self._turns:
+            channel.waiting.clear()
+        self._turns.clear()
         self._suspects.clear()
-        for ticket in waiting:
-            ticket.channel.deliver(error)
+        for channel in {ticket.channel for ticket in waiting}:
+            channel.deliver(error)
 
     # ---- deaths
 
-    def _on_death(self, lane: _Lane, tickets: list[_Ticket], alone: bool, *, blame: bool) -> None:
-        """Every call that was in flight comes here. Without `blame` (a node was lost or preempted, or the call never
-        started) the rows run again as they were; with it they run again in halves, and one that was by itself twice is
-        quarantined: once may be a kill that only happened to fall there."""
-        left = [ticket for ticket in tickets if lane.in_flight.pop(ticket.wire_id, None) is not None]
-        lane.sequences -= sum(ticket.sequences for ticket in left)
-        left = [ticket for ticket in left if ticket.channel.open]
-        self._write_down(lane, left, alone, blame)
-        if blame and alone and len(left) == 1:
-            left[0].deaths_alone += 1
-        if left and left[0].deaths_alone == _DEATHS_TO_BLAME:
-            self.counts.poisoned += 1
-            message = f"{_DEATHS_TO_BLAME} engines died while this row was alone in flight, the last was {lane.name}"
-            left[0].channel.deliver(RequestFailed(left[0].work.id, "poison", message))
-        elif blame or alone:
-            parts = 2 if blame and len(left) > 1 else 1
-            self._suspects.extend(left[i::parts] for i in range(parts) if left)
-        else:
-            self._pending.extendleft(left)
+    async def _lose(self, host: Host, error: RayActorError | None) -> None:
+        """The actor's process is gone, and with it what was in all its engines."""
+        host.life = ""
+        for lane in host.lanes:
+            await self._on_death(lane, list(lane.in_flight), error)
+
+    async def _on_death(self, lane: Lane, wire_ids: Iterable[str], error: RayActorError | None) -> None:
+        """What was in flight runs again: where the node went with it as it was, else in halves; and a row that was by
+        itself twice is quarantined: once may be a kill that only happened to fall there."""
+        left = [ticket for wire_id in wire_ids if (ticket := lane.drop(wire_id)) and ticket.channel.open]
+        gone = getattr(error, "preempted", False) or (left and await asyncio.to_thread(_is_gone, lane.host.node))
+        together: dict[tuple[bool, str], list[Ticket]] = {}
+        for ticket in left:  # what runs again together needs the same adapter
+            together.setdefault((ticket.alone, ticket.adapter.digest if ticket.adapter else ""), []).append(ticket)
+        for (alone, _), tickets in together.items():
+            blame = not gone and (not alone or tickets[0].begun)
+            self._write_down(lane, tickets, alone=alone, blame=blame)
+            self._suspect(lane, tickets, alone, blame=blame)
         if lane.state == "ready":
             lane.state = "down"
             self.counts.deaths += 1
             self._spawn(self._await_restart(lane))
         if self.counts.deaths > self._limits.max_deaths:
             self._fail_all(EnginesLost(f"engines died {self.counts.deaths} times (limits.max_deaths); see their logs"))
+        self._schedule_pump()
 
-    def _write_down(self, lane: _Lane, tickets: list[_Ticket], alone: bool, blame: bool) -> None:
+    def _suspect(self, lane: Lane, tickets: list[Ticket], alone: bool, *, blame: bool) -> None:
+        if blame and alone and len(tickets) == 1:
+            tickets[0].deaths_alone += 1
+        if tickets and tickets[0].deaths_alone == _DEATHS_TO_BLAME:
+            self.counts.poisoned += 1
+            message = f"{_DEATHS_TO_BLAME} engines died while this row was alone in flight, the last was {lane.name}"
+            tickets[0].channel.deliver(RequestFailed(tickets[0].work.id, "poison", message))
+        elif blame or alone:
+            parts = 2 if blame and len(tickets) > 1 else 1
+            self._suspects.extend(tickets[i::parts] for i in range(parts) if tickets)
+        else:
+            for ticket in reversed(tickets):
+                self._wait(ticket, first=True)
+
+    def _write_down(self, lane: Lane, tickets: list[Ticket], *, alone: bool, blame: bool) -> None:
         """Suspicion goes to disk before the suspects run again, once for every journal among them."""
+        event = {"event": "engine_died", "engine": lane.name, "life": lane.life, "alone": alone, "blame": blame}
         for channel in {ticket.channel for ticket in tickets}:
-            rows = [ticket.work.id for ticket in tickets if ticket.channel is channel]
-            event = {
-                "event": "engine_died",
-                "engine": lane.name,
-                "life": lane.life,
-                "time": time.time(),
-                "alone": alone,
-                "blame": blame,
-            }
             if channel.journal:
-                channel.journal({**event, "rows": rows})
+                rows = [ticket.work.id for ticket in tickets if ticket.channel is channel]
+                channel.journal({**event, "time": time.time(), "rows": rows})
 
-    async def _await_restart(self, lane: _Lane) -> None:
-        """Ray restarts the actor; here we only wait until it answers, or give the lane up."""
-        while lane.num_calls:  # the last of them may learn of this death after the next life has begun
-            await asyncio.sleep(0.01)
-        deadline = time.monotonic() + self._limits.start_s
-        while time.monotonic() < deadline:
+    async def _await_restart(self, lane: Lane) -> None:
+        """Ray restarts the actor, an actor of many its engine; here we only wait until it is up, or give it up."""
+        deadline, host, num_dead = time.monotonic() + self._limits.start_s, lane.host, 0
+        while time.monotonic() < deadline and num_dead < _DEAD_FOR_GOOD:
             try:
-                await asyncio.wait_for(as_future(lane.actor.stats.remote()), self._limits.start_s)
+                host.node, said = await asyncio.wait_for(as_future(host.actor.ready.remote()), self._limits.start_s)
+                num_dead = 0
+                if not differs(said[lane.slot], self._fleet.canary):
+                    lane.revive()
+                    self._schedule_pump()
+                    return
+                ray.kill(host.actor, no_restart=False)  # it came back wrong
             except ActorDiedError:
-                break
+                num_dead += 1
             except (RayActorError, TimeoutError):
-                await asyncio.sleep(0.2)
-                continue
-            lane.state = "ready"
-            lane.life += 1
-            self._schedule_pump()
-            return
+                pass
+            await asyncio.sleep(0.2)
         lane.state = "lost"
         self._schedule_pump()
 
-    async def _kill_if_mute(self, lane: _Lane) -> None:
+    async def _kill_if_mute(self, host: Host) -> None:
         """An actor whose event loop is stuck answers no ping; the watchdog inside it covers a stuck engine."""
         heard = time.monotonic()
         while True:
             await asyncio.sleep(_PING_S)
             with suppress(TimeoutError, RayActorError):
-                await asyncio.wait_for(as_future(lane.actor.stats.remote()), self._limits.stall_s)
+                await asyncio.wait_for(as_future(host.actor.ping.remote()), self._limits.stall_s)
                 heard = time.monotonic()
             if time.monotonic() - heard > self._limits.stall_s:
-                ray.kill(lane.actor, no_restart=False)
+                ray.kill(host.actor, no_restart=False)
 
 
-async def as_future(reference: Any) -> Any:
-    """What a Ray reference stands for, as a coroutine, which `asyncio.wait_for` and `gather` take."""
-    return await reference
+def _take_turn(waiting: deque[Ticket], lane: Lane) -> list[Ticket]:
+    """A turn's worth of rows for the lane, all with the same adapter, as far as its window goes."""
+    adapter, room = waiting[0].adapter, lane.window - lane.sequences
+    taken: list[Ticket] = []
+    while waiting and len(taken) < TURN_ROWS and room > 0 and waiting[0].adapter == adapter:
+        room -= waiting[0].sequences
+        taken.append(waiting.popleft())
+    return taken
 
 
-def _rendezvous(affinity: str, lane: str) -> bytes:
-    return hashlib.blake2b(f"{affinity}\0{lane}".encode(), digest_size=8).digest()
+def _is_gone(node: str) -> bool:
+    """Whether the node is no part of the cluster any more."""
+    return bool(node) and not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import ray
 
-from cluster.placement import ClusterSpec, local_cpus
+from cluster.placement import ClusterSpec, NodeResources, local_cpus
 
 _ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # the default, 15, costs engines up to a third of their speed on a busy machine
@@ -21,21 +21,29 @@ _OBJECT_STORE_BYTES = 256 << 20
 
 
 @contextmanager
-def ray_session(spec: ClusterSpec) -> Iterator[dict[str, float]]:
-    """Yields the cluster's resources. A Ray that was already up in this process is used and left alone."""
+def ray_session(spec: ClusterSpec) -> Iterator[list[NodeResources]]:
+    """Yields the nodes that run now. A Ray that was already up in this process is used and left alone."""
     if ray.is_initialized():
-        yield ray.cluster_resources()
+        yield _nodes()
         return
     _quieten()
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     try:
         _connect(spec)
-        yield ray.cluster_resources()
+        yield _nodes()
     finally:
         ray.shutdown()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _nodes() -> list[NodeResources]:
+    alive = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [
+        NodeResources(node["NodeManagerHostname"], has.get("CPU", 0.0), has.get("GPU", 0.0), node["Labels"])
+        for node, has in alive
+    ]
 
 
 def _quieten() -> None:

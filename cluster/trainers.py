@@ -1,7 +1,8 @@
 """Finetuning jobs on warm trainers: the client that any process may hold, the queue behind it, and the processes.
 
 A job takes seconds, so one queue serves them all: first come, first served, over every trainer of the cluster. It owns
-the trainers' processes: those of a queue that dies end with it, and nobody goes on writing into a job's folder.
+the trainers' processes: those of a queue that dies end with it, and nobody goes on writing into a job's folder. Where
+trainers have no device of their own it owns the turns, too: see `cluster.turns`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.placement import ClusterSpec, Placement
+from cluster.placement import ClusterSpec, Placement, trainer_options
 from cluster.pool import as_future
+from cluster.turns import Turns
 from engines.files import AnyPath, Url, locate
 from engines.remote_training import train_by_url
 from engines.sft import PROGRESS_FILE, Finetuner
+from engines.simulated_sft import SimulatedFinetuner
 from engines.types import TrainResult, TrainSpec, UserError
 
 _POLL_S, _POLL_URL_S = 0.5, 5.0
@@ -42,24 +45,25 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True)
 class TrainerShape:
-    """What one trainer takes. CPUs and GPUs are those of its processes together, which share one node."""
+    """What one trainer takes."""
 
-    num_cpus: float
-    num_gpus: float = 0.0
+    options: Mapping[str, Any]
+    """Ray's, as `trainer_options` gives them: CPUs and GPUs of all its processes, which share one node."""
     num_processes: int = 1
     stays: bool = True
-    """Whether its processes outlive a job. On a GPU that an engine takes in turn they must not: the model has to go
-    before the engine wakes, and the last of a process's CUDA memory goes with the process."""
+    """Whether its processes outlive a turn: a night, or a job where there are no nights. On a GPU that an engine takes
+    in turn they must not: the last of a process's CUDA memory goes with the process."""
     start_s: float = 900.0
 
 
 class Trainers:
     """Where finetuning jobs run. Travels between processes."""
 
-    def __init__(self, num_trainers: int, shape: TrainerShape) -> None:
+    def __init__(self, shapes: Sequence[TrainerShape], engines: Sequence[Any] = (), turn_tasks: int = 1) -> None:
+        """`engines` are the actors that sleep while trainers work; none where trainers need no turns."""
         # Ray sends a call again to a queue that it has restarted; the job then goes on from its last checkpoint.
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=_MAX_CRASHES)(TrainerQueue)
-        self._queue = remote.remote(num_trainers, shape)
+        self._queue = remote.remote(shapes, engines, turn_tasks)
 
     async def train(
         self, spec: TrainSpec, rows: AnyPath, work: AnyPath, progress: Progress = lambda _: None
@@ -93,14 +97,14 @@ class Trainers:
         ray.kill(self._queue)
 
 
-def start_trainers(cluster: ClusterSpec, placement: Placement) -> Trainers:
+def start_trainers(cluster: ClusterSpec, placement: Placement, engines: Sequence[Any]) -> Trainers:
     """Trainers as the cluster holds them. A process starts with the first job that needs it."""
-    shape = TrainerShape(
-        num_cpus=cluster.trainer_cpus, num_gpus=placement.gpus_per_trainer,
-        num_processes=max(1, int(placement.gpus_per_trainer)), stays=not placement.time_shared,
-        start_s=cluster.limits.start_s,
-    )  # fmt: skip
-    return Trainers(cluster.num_trainers, shape)
+    num_processes, stays = max(1, int(placement.gpus_per_trainer)), not (placement.time_shared and placement.on_gpus)
+    shapes = [
+        TrainerShape(trainer_options(cluster, placement, number), num_processes, stays, cluster.limits.start_s)
+        for number in range(cluster.num_trainers)
+    ]
+    return Trainers(shapes, engines if placement.time_shared else (), cluster.turn_tasks)
 
 
 async def _report_steps(path: AnyPath, heard: int, progress: Progress) -> int:
@@ -121,9 +125,10 @@ async def _report_steps(path: AnyPath, heard: int, progress: Progress) -> int:
 class TrainerQueue:
     """The actor that gives each job a trainer in turn."""
 
-    def __init__(self, num_trainers: int, shape: TrainerShape) -> None:
-        self._turn = asyncio.Semaphore(num_trainers)  # first in, first out
-        self._idle = [_Trainer(shape) for _ in range(num_trainers)]
+    def __init__(self, shapes: Sequence[TrainerShape], engines: Sequence[Any], turn_tasks: int) -> None:
+        self._free = asyncio.Semaphore(len(shapes))  # first in, first out
+        self._idle = [_Trainer(shape) for shape in shapes]
+        self._turns = Turns(engines, turn_tasks, self._end_turn) if engines else None
         self._jobs: dict[str, asyncio.Task[TrainResult]] = {}
         self._cancelled: set[str] = set()
 
@@ -153,12 +158,23 @@ class TrainerQueue:
     ) -> TrainResult:
         if orphan is not None:
             await _end(orphan)
-        async with self._turn:
+        if self._turns is not None:
+            return await self._turns.by_night(lambda: self._train(spec, rows, work))
+        return await self._train(spec, rows, work)
+
+    async def _train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        async with self._free:
             trainer = self._idle.pop()  # the one that was busy last: it is warm
             try:
-                return await trainer.train(spec, rows, work)
+                result = await trainer.train(spec, rows, work)
+                if self._turns is None:
+                    await trainer.end_turn()
+                return result
             finally:
                 self._idle.append(trainer)
+
+    async def _end_turn(self) -> None:
+        await asyncio.gather(*(trainer.end_turn() for trainer in self._idle))
 
 
 async def _end(job: asyncio.Task[Any]) -> None:
@@ -200,30 +216,36 @@ class _Trainer:
             done = True
             return calls[0].result()
         finally:
-            if not (done and self._shape.stays):
-                self._stop()
             if not done:
+                self._stop()
                 await asyncio.gather(*calls, return_exceptions=True)  # they raise once the processes are gone
 
+    async def end_turn(self) -> None:
+        """Gives the GPU back, where others wait for it: first what the processes hold of it, then the processes."""
+        if not self._shape.stays:
+            await asyncio.gather(*(as_future(one.drop.remote()) for one in self._processes), return_exceptions=True)
+            self._stop()
+
     async def _start(self) -> None:
-        shape, count = self._shape, self._shape.num_processes
-        num_cpus = shape.num_cpus / count
-        options: dict[str, Any] = {
-            "num_cpus": num_cpus if num_cpus < 1 else int(num_cpus),  # Ray takes whole ones, or a part of one
-            "num_gpus": shape.num_gpus / count,
-        }
+        options, count = dict(self._shape.options), self._shape.num_processes
+        cpus, gpus = options["num_cpus"], options.get("num_gpus", 0)
         if count > 1:
-            bundle = {"CPU": shape.num_cpus} | ({"GPU": shape.num_gpus} if shape.num_gpus else {})
-            self._group = placement_group([bundle], strategy="STRICT_PACK")
+            bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+            labels = [options.pop("label_selector", {})]
+            self._group = placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=labels)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, 0)
+            each = cpus / count
+            options["num_cpus"] = each if each < 1 else int(each)  # Ray takes whole ones, or a part of one
+            options["num_gpus"] = gpus / count
         # An environment of its own keeps a trainer from taking a process that Ray Data has warmed up.
         remote = ray.remote(runtime_env={"env_vars": {"SELFGUIDE_ROLE": "trainer"}}, **options)(TrainerActor)
-        self._processes = [remote.remote(shape.stays) for _ in range(count)]
+        self._processes = [remote.remote() for _ in range(count)]
         try:
-            await asyncio.wait_for(self._join(), shape.start_s)
+            await asyncio.wait_for(self._join(), self._shape.start_s)
         except TimeoutError:
-            wanted = f"{shape.num_cpus:g} CPUs" + (f" and {shape.num_gpus:g} GPUs" if shape.num_gpus else "")
-            raise TrainingFailed(f"no trainer started in {shape.start_s:g} s: is a node with {wanted} free?") from None
+            wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+            waited = f"no trainer started in {self._shape.start_s:g} s"
+            raise TrainingFailed(f"{waited}: is a node with {wanted} free?") from None
 
     async def _join(self) -> None:
         """Tells each process of the others, before any of them loads PyTorch."""
@@ -262,8 +284,7 @@ def free_port() -> int:
 class TrainerActor:
     """One process that finetunes: a whole trainer, or its share of a sharded one."""
 
-    def __init__(self, stays: bool) -> None:
-        self._stays = stays
+    def __init__(self) -> None:
         self._finetuner: Finetuner | None = None
 
     def place(self) -> tuple[int, list[str]]:
@@ -279,12 +300,19 @@ class TrainerActor:
 
     def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         """What goes wrong is told in words: its type may be of a library that no other process should load."""
-        if self._finetuner is None:
-            self._finetuner = Finetuner(keep_base=self._stays)
+        if not spec.simulated_tokens_per_s and self._finetuner is None:
+            self._finetuner = Finetuner()
+        finetuner = SimulatedFinetuner() if spec.simulated_tokens_per_s else self._finetuner
+        assert finetuner is not None
         try:
             rows_at, work_at = locate(rows), locate(work)
             if isinstance(rows_at, Url) and isinstance(work_at, Url):
-                return train_by_url(self._finetuner, spec, rows_at, work_at)
-            return self._finetuner.train(spec, Path(rows), Path(work))
+                return train_by_url(finetuner, spec, rows_at, work_at)
+            return finetuner.train(spec, Path(rows), Path(work))
         except Exception as error:
             raise TrainingFailed(str(error) or type(error).__name__) from error
+
+    def drop(self) -> None:
+        """Frees the memory that jobs have left filled for the next one."""
+        if self._finetuner is not None:
+            self._finetuner.drop()

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from engines.files import Url, cache_folder, fetch_folder, list_folders, remove_folder, send_folder
 from engines.sft import CHECKPOINT_MARKER, PROGRESS_FILE, Finetuner, is_first
+from engines.simulated_sft import SimulatedFinetuner
 from engines.types import TrainResult, TrainSpec
 
 _ROWS = "train.parquet"
 
 
-def train_by_url(finetuner: Finetuner, spec: TrainSpec, rows: Url, work: Url) -> TrainResult:
+def train_by_url(finetuner: Finetuner | SimulatedFinetuner, spec: TrainSpec, rows: Url, work: Url) -> TrainResult:
     """`Finetuner.train` between URLs. The processes of one sharded trainer share the node's folder."""
     folder = cache_folder() / "trainers" / hashlib.sha256(str(work).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

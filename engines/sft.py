@@ -31,11 +31,10 @@ Saved = Callable[[Path], None]
 
 class Finetuner:
     """Jobs one after another in one process. An adapter does not depend on the jobs before it; after one that raised,
-    the process is not to be used again. `keep_base`: whether the model stays in memory between jobs."""
+    the process is not to be used again. The model stays in memory between jobs, until it is dropped."""
 
-    def __init__(self, *, keep_base: bool = True) -> None:
+    def __init__(self) -> None:
         _quieten()
-        self._keep_base = keep_base
         self._base = BaseModel()
 
     def train(self, spec: TrainSpec, rows: Path, work: Path, saved: Saved = lambda _: None) -> TrainResult:
@@ -48,10 +47,12 @@ class Finetuner:
         """
         result = _train(self._base, spec, rows, work, saved)
         self._base.take_back()
-        if not self._keep_base:
-            self._base = BaseModel()
         _forget_job()
         return result
+
+    def drop(self) -> None:
+        self._base = BaseModel()
+        _forget_job()
 
 
 def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:

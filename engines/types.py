@@ -6,7 +6,7 @@ Engines see token ids, never text templates; a request carries all that its answ
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 
@@ -136,32 +136,89 @@ class RequestFailed:
 
 
 class EngineDead(Exception):
-    """The engine can never answer again. Its process must exit; its rows run elsewhere."""
+    """The engine can never answer again. Whoever holds it exits or builds it anew; its rows run elsewhere."""
 
 
 Work = Request | ScoreRequest | ChoiceRequest
 Outcome = Completion | Score | ChoiceScores | RequestFailed
+
+
+def num_sequences(work: Work) -> int:
+    """How many sequences an engine decodes for it."""
+    return work.sampling.n if isinstance(work, Request) else 1
+
 
 MAX_ONE_PASS = 128
 """Tokens whose log-probabilities vLLM gives for one position (its `MAX_LOGPROB_TOKEN_IDS`)."""
 
 
 @dataclass(frozen=True, slots=True)
+class Simulation:
+    """How simulated engines behave while nothing is wrong. Nothing of it costs time by default."""
+
+    answer_tokens: float = 8.0
+    """Mean length of an answer, tokens, of which each is a word; `max_tokens` cuts the long ones."""
+    answer_spread: float = 0.4
+    """Spread of the lengths: standard deviation of their natural logarithm; 0: all are alike."""
+    prefill_tokens_per_s: float = 0.0
+    """Prompt tokens that one engine reads in a second, one prompt after another; 0 reads at once."""
+    prefix_cache_tokens: int = 0
+    """Prompt tokens that one engine keeps, the last used ones; it does not read them again. 0: none."""
+    start_s: float = 0.0
+    """Mean time until an engine serves, seconds."""
+    start_spread: float = 0.0
+    """Spread of the start-up times, as `answer_spread`."""
+    adapter_load_s: float = 0.0
+    """Seconds to load an adapter or other weights."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self)
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens is {self.answer_tokens}; an answer has a token at least")
+
+
+@dataclass(frozen=True, slots=True)
 class Faults:
-    """What a simulated engine does wrong, all of it seeded. Shares are per request, 0 to 1."""
+    """What a simulated engine does wrong, all of it seeded by the run, the engine's number and its life. By default
+    nothing. Shares are 0 to 1."""
 
     die_after: int = 0
-    """Exit the process after this many answers; 0 is never. Counts anew after a restart, up to `deaths`."""
+    """Die after this many answers; 0 is never. Counts anew in each life, up to `deaths`."""
     deaths: int = 1
-    """How many lives end by `die_after`; a life number is counted by the file `marker`."""
+    """How many lives end by `die_after`, of all engines together where `marker` counts them, else of each engine."""
     marker: str = ""
     """A folder where a simulated engine writes down its deaths, so that its next life knows of them."""
+    mean_life_s: float = 0.0
+    """Die at a random moment, in the mean after this many seconds from the life's first request on; 0 is never."""
     poison: tuple[int, ...] = ()
     """A request whose prompt holds this run of token ids kills the engine."""
     hang_after: int = 0
     """Stop answering after this many answers; 0 is never."""
+    nan_after: int = 0
+    """After this many answers log-probabilities are NaN, which kills the engine; 0 is never. In every life."""
+    wrong_after: int = 0
+    """After this many answers texts and log-probabilities are others than they should be, until the engine is built
+    anew; 0 is never."""
     refuse_share: float = 0.0
-    """The share of requests that fail on their own."""
+    """The share of requests that fail on their own, by their prompt."""
+    slow_share: float = 0.0
+    """The share of engines that are slow, all their lives."""
+    slow_factor: float = 10.0
+    """How many times as long a slow engine takes for everything."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self)
+        if self.refuse_share > 1 or self.slow_share > 1:
+            raise ValueError("refuse_share and slow_share are shares: 0 to 1")
+        if self.slow_factor < 1:
+            raise ValueError(f"slow_factor is {self.slow_factor}; a slow engine takes at least 1 times as long")
+
+
+def _check_not_negative(section: Simulation | Faults) -> None:
+    for one in fields(section):
+        value = getattr(section, one.name)
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{one.name} is {value}; it is 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +243,21 @@ class EngineSpec:
     """What adapters fetched from an object store may take on a node's disk, those in use aside."""
     enforce_eager: bool = False
     seed: int = 0
+    per_actor: int = 1
+    """Simulated engines only: how many share a process."""
     tokens_per_s: float = 0.0
     """Simulated engines only: output tokens per second and sequence; 0 answers at once."""
+    simulation: Simulation = field(default_factory=Simulation)
     faults: Faults = field(default_factory=Faults)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine started. `progress` rises whenever the engine has done a step."""
+    """Counters since the engine started. `progress` rises whenever the engine has done a step.
+
+    The seconds are of the engine's place, over all its lives in one process: with a row inside, sequence-seconds in
+    the engine's slots, asleep by plan, and awake. `sequences` are inside now, of all clients.
+    """
 
     requests: int
     prompt_tokens: int
@@ -202,6 +266,12 @@ class EngineStats:
     in_flight: int
     progress: int
     start_s: float
+    busy_s: float = 0.0
+    sequence_s: float = 0.0
+    asleep_s: float = 0.0
+    awake_s: float = 0.0
+    sequences: int = 0
+    life: int = 1
 
 
 class Engine(Protocol):
@@ -214,11 +284,6 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[Outcome]]: ...
 
     def score(self, requests: Sequence[ScoreRequest | ChoiceRequest]) -> AsyncIterator[list[Outcome]]: ...
-
-    @property
-    def mixes_adapters(self) -> bool:
-        """Whether rows with and without an adapter may be in one step."""
-        ...
 
     def serves(self, ref: AdapterRef | None) -> bool:
         """Whether requests with this adapter (None: the untuned student) can be sent now."""
@@ -267,6 +332,8 @@ class TrainSpec:
     """How many training rows are scored before and after, to prove the adapter in the engine later."""
     keep_epochs: bool = False
     """Keep the checkpoint of every epoch (a search over epochs wants them)."""
+    simulated_tokens_per_s: float = 0.0
+    """Train nothing, but take as long as this many training tokens a second would; 0 trains."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,10 +70,6 @@ class VllmEngine:
         self._counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "in_flight": 0}
         self._start_s = time.monotonic() - began
 
-    @property
-    def mixes_adapters(self) -> bool:
-        return True
-
     def serves(self, ref: AdapterRef | None) -> bool:
         """Whether requests with this adapter can be sent now; if not, `load_adapter` while nothing is in flight."""
         if ref is None or ref.kind == "full":

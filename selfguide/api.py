@@ -30,6 +30,7 @@ from selfguide.taskrun import Progress, Student, TaskRun
 from selfguide.tasks import Task
 
 if TYPE_CHECKING:
+    from cluster.fleet import Fleet
     from cluster.pool import Pool
     from cluster.trainers import Trainers
 
@@ -43,14 +44,14 @@ class Session:
 
     recipe: Recipe
     student: Student
+    fleet: Fleet
     pool: Pool
     trainers: Trainers
-    time_shared: bool
     start_s: float
 
     def task_run(self, task: Task, store: RunStore, progress: Progress) -> TaskRun:
         tasks = store.task(task.name)
-        return TaskRun(task, self.recipe, self.student, self.pool, self.trainers, tasks, progress, self.time_shared)
+        return TaskRun(task, self.recipe, self.student, self.pool, self.trainers, tasks, progress)
 
 
 async def run(
@@ -106,28 +107,28 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
 
     clock = asyncio.get_running_loop().time
     began = clock()
-    with ray_session(recipe.cluster) as resources:
+    with ray_session(recipe.cluster) as nodes:
         try:
-            placement = place(recipe.cluster, recipe.engine.tensor_parallel, resources)
+            placement = place(recipe.cluster, recipe.engine.tensor_parallel, nodes)
         except PlacementError as error:
             raise UserError(str(error)) from None
         progress("", "engines", {"starting": recipe.cluster.num_engines})
         spec, cluster = engine_spec(recipe, student), recipe.cluster
         filters_warm = asyncio.create_task(warm_filters())
         try:
-            actors = await start_engines(spec, cluster, placement)
+            fleet = await start_engines(spec, cluster, placement)
             await filters_warm
         except EnginesLost as error:
             raise TaskFailed(str(error)) from error
-        pool = Pool(actors, int(1.75 * recipe.engine.max_num_seqs), cluster.limits)
-        trainers = start_trainers(cluster, placement)
+        pool = Pool(fleet)
+        trainers = start_trainers(cluster, placement, fleet.actors)
         progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
         try:
-            yield Session(recipe, student, pool, trainers, placement.time_shared, clock() - began)
+            yield Session(recipe, student, fleet, pool, trainers, clock() - began)
         finally:
             trainers.stop()
             await pool.close()
-            stop_engines(actors)
+            stop_engines(fleet)
 
 
 def load_student(recipe: Recipe) -> Student:
@@ -161,8 +162,9 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
         max_model_len=student.max_model_len, max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens, gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_gib=engine.kv_cache_gib, block_size=engine.block_size, max_loras=0 if full else engine.max_loras,
-        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, tokens_per_s=engine.tokens_per_s,
-        faults=engine.faults, adapter_cache_gib=engine.adapter_cache_gib,
+        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, per_actor=engine.per_actor,
+        tokens_per_s=engine.tokens_per_s, simulation=engine.simulation, faults=engine.faults,
+        adapter_cache_gib=engine.adapter_cache_gib,
     )  # fmt: skip
 
 

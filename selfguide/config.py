@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cluster.placement import ClusterSpec
-from engines.types import Faults
+from engines.types import Faults, Simulation
 from selfguide.filters import AnyInputFilter, AnyRowFilter, AnySetFilter, Duplicate, Margin, Vote
 from selfguide.filters.copies import EvaluationCopy, GoldCopy
 from selfguide.filters.empty import Empty
@@ -62,10 +62,14 @@ class Engine(Section):
     adapter_cache_gib: float = Field(default=50.0, gt=0)
     """Run folders by URL: what fetched adapters may take on a node's disk, GiB; the oldest go first, those in use
     stay."""
+    per_actor: int = Field(default=1, ge=1)
+    """Simulated engines: how many share a process, hundreds on one machine."""
     tokens_per_s: float = Field(default=0.0, ge=0)
     """Simulated engines: output tokens per second and sequence; 0 answers at once."""
+    simulation: Simulation = Simulation()
+    """Simulated engines: lengths of answers, prefill and prefix cache, time to start and to load (docs/simulation.md)."""
     faults: Faults = Faults()
-    """Simulated engines: what goes wrong."""
+    """Simulated engines: what goes wrong (docs/simulation.md)."""
 
 
 class Sampling(Section):
@@ -199,6 +203,8 @@ class Finetuning(Section):
     """Trades time for memory."""
     canary_rows: int = Field(default=8, ge=1)
     """Training rows whose log-probabilities prove the adapter in the engine."""
+    simulated_tokens_per_s: float = Field(default=0.0, ge=0)
+    """Simulated engines: train nothing, but take as long as this many training tokens a second would; 0 trains."""
 
 
 Control = Literal["few_shot_icl", "filtered_decoding", "constrained_labels", "calibrated_labels", "few_shot_sft"]
@@ -263,6 +269,16 @@ class Recipe(Section):
         if wanted and annotation is not None and annotation.mode == "sample":
             raise ValueError("the margin filter needs annotation.mode: calibrated; set it, or take the filter out")
         return filters
+
+    @field_validator("finetuning")
+    @classmethod
+    def _check_simulated(cls, finetuning: Finetuning, info: ValidationInfo) -> Finetuning:
+        engine = info.data.get("engine")
+        if finetuning.simulated_tokens_per_s and engine is not None and engine.kind != "simulated":
+            raise ValueError(
+                "simulated_tokens_per_s makes no adapter for real engines; set engine.kind: simulated, or 0"
+            )
+        return finetuning
 
     @field_validator("cluster")
     @classmethod

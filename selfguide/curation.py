@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.transforms import transform
+from cluster.transforms import Transforms
 from engines.files import AnyPath
 from selfguide.config import Filters
 from selfguide.errors import TaskFailed
@@ -37,7 +37,7 @@ async def curate(run: TaskRun, candidates: Artifact) -> Artifact:
             with stage.writing():
                 path = stage.work / "rows.parquet"
                 job = CurationJob(candidates.rows_path, path, run.filters, run.context("output"), run.is_calibrated)
-                [ledger] = await transform(judge_file, [job])
+                ledger = await run.transforms.apply(judge_file, job)
                 ledger.reconcile(candidates.marker["ledger"]["accepted"])
                 kept = stage.finish(path, None, ledger)
     run.report("curation", rows=kept.marker["ledger"]["candidates"], kept=kept.marker["ledger"]["accepted"])
@@ -51,7 +51,7 @@ def curation_stage(run: TaskRun, candidates: Artifact) -> Stage:
 
 async def warm_filters() -> None:
     """Starts Ray Data and loads the filters in its workers: seconds that cost nothing while engines start."""
-    await transform(_load_filters, [None])
+    await Transforms().apply(_load_filters, None)
 
 
 def _load_filters(_: None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -116,8 +115,7 @@ async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]], heard_a
         run.report(heard_as, rows=step["step"], of=step["steps"], loss=step["loss"])
 
     try:
-        async with run.pool.asleep() if run.time_shared else nullcontext():
-            return await run.trainers.train(train_spec(run), path, work, hear)
+        return await run.trainers.train(train_spec(run), path, work, hear)
     except TrainingFailed as error:
         raise TaskFailed(f"{run.task.name}: finetuning failed: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from selfguide.comparison import record
 from selfguide.curation import curate
@@ -20,10 +21,12 @@ from selfguide.taskrun import TaskRun
 class Comparison:
     """What became of the task: the finetuned student, and every method's scores on the same rows.
 
-    Without held-out data `evaluations` and `differences` (tuned minus the other method, in points) are empty.
+    `place` is the comparison's folder below the run folder. Without held-out data `evaluations` and `differences`
+    (tuned minus the other method, in points) are empty.
     """
 
     task: str
+    place: str
     adapter: Adapter
     evaluations: Mapping[str, Artifact]
     differences: Mapping[str, Mapping[str, Difference]]
@@ -41,6 +44,12 @@ async def self_guide(run: TaskRun) -> Comparison:
     finally:
         untuned.cancel()
         await asyncio.gather(untuned, return_exceptions=True)
+
+
+async def sweep_self_guide(run: TaskRun) -> dict[str, Any]:
+    """SELF-GUIDE as a sweep's job: where the comparison lies, below the run folder."""
+    comparison = await self_guide(run)
+    return {"comparison": comparison.place}
 
 
 async def evaluate_untuned(run: TaskRun) -> dict[str, Artifact]:
@@ -124,5 +133,6 @@ async def compare(run: TaskRun, adapter: Adapter, untuned: Mapping[str, Artifact
         resamples, seed = run.recipe.evaluation.bootstrap_samples, run.recipe.seed
         differences = {name: paired_bootstrap(ours, other, resamples, seed) for name, other in untuned.items()}
         evaluations = {**untuned, "self_guide": ours}
-    await record(run, adapter, evaluations)
-    return Comparison(run.task.name, adapter, evaluations, differences)
+    recorded = await record(run, adapter, evaluations)
+    place = f"tasks/{run.store.root.name}/{recorded.stage}/{recorded.path.name}"
+    return Comparison(run.task.name, place, adapter, evaluations, differences)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cluster.transforms import Transforms
 from selfguide.config import Filters, Recipe
 from selfguide.filters import Context
 from selfguide.prompts import VERSION, Prompts
@@ -47,8 +48,7 @@ class TaskRun:
     trainers: Trainers
     store: TaskStore
     progress: Progress = lambda task, stage, counts: None
-    time_shared: bool = False
-    """Engines and trainer share one GPU in turn."""
+    transforms: Transforms = field(default_factory=Transforms)
     _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     @cached_property

@@ -36,8 +36,8 @@ def ray_cluster() -> Iterator[dict[str, float]]:
     from cluster.session import ray_session
 
     os.environ["RAY_AUTH_MODE"] = "disabled"  # its token file lives in the home folder, which is not the tests'
-    with ray_session(ClusterSpec(num_engines=10)) as resources:
-        yield resources
+    with ray_session(ClusterSpec(num_engines=10)) as nodes:
+        yield {"CPU": sum(node.cpus for node in nodes)}
 
 
 @pytest.fixture(scope="session")

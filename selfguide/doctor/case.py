@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from cluster.placement import NodeResources
 from engines.files import AnyPath
 from engines.models import ModelError, find_model
 from selfguide.config import Recipe
@@ -20,15 +21,15 @@ Level = Literal["ok", "warning", "error"]
 
 _CONNECT_S = 3.0
 _ASK_RAY = """
-import json, sys
+import dataclasses, json, sys
 from cluster.placement import ClusterSpec
 from cluster.session import ray_session
 spec = ClusterSpec.model_validate_json(sys.argv[1])
-resources = {}
+nodes = []
 if spec.address:
-    with ray_session(spec) as resources:
+    with ray_session(spec) as nodes:
         pass
-print(json.dumps(resources))
+print(json.dumps([dataclasses.asdict(node) for node in nodes]))
 """
 _ASK_TOKENIZER = """
 import json, sys
@@ -69,7 +70,7 @@ class Case:
         spec = recipe.cluster.model_copy(update={"address": self.address})
         self.ray = Question(_ASK_RAY, spec.model_dump_json()) if self.reachable else None
         self.tokenizer = Question(_ASK_TOKENIZER, str(self.folder)) if self.folder else None
-        self.resources: dict[str, float] | None = None
+        self.nodes: list[NodeResources] | None = None
         """The cluster's, once `check_ray` has read them; None where it cannot be used."""
 
     @cached_property

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.placement import Placement, PlacementError, local_cpus, place
+from cluster.placement import NODE_ID, NodeResources, Placement, PlacementError, count, local_cpus, needed_cpus, place
 from selfguide.doctor.case import Case, Finding
 from selfguide.doctor.machine import version
 from selfguide.sizes import existing
 
 _WAIT_S = 20.0
+_NODE_GROUP = "ray.io/node-group"
+"""The label that Ray's autoscaler gives to its nodes."""
 
 
 def check_ray(case: Case) -> Iterator[Finding]:
@@ -22,19 +25,32 @@ def check_ray(case: Case) -> Iterator[Finding]:
         return
     yield from _check_home()
     try:
-        resources = case.ray.answer(_WAIT_S)
+        nodes = [NodeResources(**node) for node in case.ray.answer(_WAIT_S)]
     except RuntimeError as error:
         what = f"no cluster at {case.address}" if case.address else "cannot be used"
         remedy = "correct cluster.address, or start Ray there" if case.address else "install it again (make install)"
         yield Finding("ray", "error", f"{what}: {error}", remedy)
         return
-    if case.address:
-        case.resources = resources
-        have = ", ".join(f"{resources[name]:g} {name}s" for name in ("CPU", "GPU") if name in resources)
-        yield Finding("ray", "ok", f"{version('ray')}, the cluster at {case.address} has {have}")
-    else:
-        case.resources = {"CPU": local_cpus(case.recipe.cluster), "GPU": float(len(case.gpus))}
+    if not case.address:
+        case.nodes = [NodeResources("this machine", local_cpus(case.recipe.cluster), len(case.gpus))]
         yield Finding("ray", "ok", f"{version('ray')}, started on this machine for each run")
+        return
+    case.nodes = nodes
+    scales = ", which an autoscaler may add to" if any(_NODE_GROUP in node.labels for node in nodes) else ""
+    yield Finding(
+        "ray", "ok", f"{version('ray')}, the cluster at {case.address} has {count(len(nodes), 'node')}{scales}"
+    )
+    yield from (Finding("nodes", "ok", line) for line in _describe(nodes))
+
+
+def _describe(nodes: list[NodeResources]) -> Iterator[str]:
+    """Nodes of a kind in one line, whatever their number."""
+    kinds = Counter(
+        (one.cpus, one.gpus, tuple(sorted(one.labels.items() - {(NODE_ID, one.labels.get(NODE_ID))}))) for one in nodes
+    )
+    for (cpus, gpus, labels), number in kinds.items():
+        said = ", ".join(f"{key}={value}" for key, value in labels)
+        yield f"{number} with {count(cpus, 'CPU')} and {count(gpus, 'GPU')}" + (f", {said}" if said else "")
 
 
 def _check_home() -> Iterator[Finding]:
@@ -47,25 +63,36 @@ def _check_home() -> Iterator[Finding]:
 
 
 def check_placement(case: Case) -> Iterator[Finding]:
-    """What a run would do with the resources that are there."""
-    if case.resources is None:
+    """What a run would do with the nodes that run now."""
+    if case.nodes is None:
         return
     recipe = case.recipe
     try:
-        placement = place(recipe.cluster, recipe.engine.tensor_parallel, case.resources)
+        placement = place(recipe.cluster, recipe.engine.tensor_parallel, case.nodes)
     except PlacementError as error:
         yield Finding("placement", "error", str(error))
         return
-    yield Finding("placement", "ok", _describe(case, placement))
+    if case.address:
+        cpus = sum(node.cpus for node in case.nodes)
+        yield Finding(
+            "needs", "ok", f"{needed_cpus(recipe.cluster):g} of {cpus:g} CPUs for engines, trainers and runners"
+        )
+    yield Finding("placement", "ok", placement.describe(recipe.cluster))
+    if placement.on_gpus and not placement.time_shared:
+        yield from _check_ratio(case, placement, sum(node.gpus for node in case.nodes))
 
 
-def _describe(case: Case, placement: Placement) -> str:
+def _check_ratio(case: Case, placement: Placement, gpus: float) -> Iterator[Finding]:
+    """Synthesis and evaluation take most of the time: GPUs belong to engines."""
     cluster = case.recipe.cluster
-    engines = f"{cluster.num_engines} engine{'s' if cluster.num_engines > 1 else ''}"
-    trainers = f"{cluster.num_trainers} trainer{'s' if cluster.num_trainers > 1 else ''}"
-    if placement.time_shared:
-        return f"{engines} and the trainer take turns on one GPU: the engine sleeps while the trainer works"
-    if placement.gpus_per_engine:
-        each = f"{placement.gpus_per_engine:g} GPU each, {trainers} on {placement.gpus_per_trainer:g} GPU each"
-        return f"{engines} on {each}"
-    return f"{engines} with {cluster.engine_cpus:g} CPU each, {trainers} with {cluster.trainer_cpus:g} CPU each"
+    engines, trainers = (
+        cluster.num_engines * placement.gpus_per_engine,
+        cluster.num_trainers * placement.gpus_per_trainer,
+    )
+    more = int((gpus - engines - trainers) // placement.gpus_per_engine)
+    if more:
+        remedy = f"--set cluster.num_engines={cluster.num_engines + more}"
+        yield Finding("ratio", "warning", f"{gpus - engines - trainers:g} of {gpus:g} GPUs have nothing to do", remedy)
+    elif trainers > engines:
+        found = f"trainers take {trainers:g} GPUs, engines {engines:g}: most tasks will wait for engines"
+        yield Finding("ratio", "warning", found, "lower cluster.num_trainers for more cluster.num_engines")

@@ -1,0 +1,149 @@
+"""What a client knows of each engine, and to which of them a row goes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engines.types import AdapterRef, Work, num_sequences
+
+if TYPE_CHECKING:
+    from cluster.pool import Channel
+
+_AHEAD = 1.75
+"""An engine's window, in multiples of its slots: while rows that end are on their way, others are there already."""
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A row on its way: who waits for it, and whether it has been in flight at a death."""
+
+    work: Work
+    channel: Channel
+    wire_id: str = ""
+    deaths_alone: int = 0
+    alone: bool = False
+    begun: bool = False
+
+    @property
+    def sequences(self) -> int:
+        return num_sequences(self.work)
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return self.work.adapter
+
+
+@dataclass(eq=False, slots=True)
+class Host:
+    """An actor: one process, and the engines in it. `node` is where it was started, `life` the process's name."""
+
+    actor: Any
+    node: str
+    life: str = ""
+    lanes: list[Lane] = field(default_factory=list)
+    collecting: bool = False
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(lane.in_flight) for lane in self.lanes)
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One engine as this client sees it. `others` are sequences of other clients, `clients` how many share it."""
+
+    name: str
+    host: Host
+    slot: int
+    slots: int
+    set_aside: bool = False
+    state: str = "ready"  # ready | down | lost
+    in_flight: dict[str, Ticket] = field(default_factory=dict)
+    sequences: int = 0
+    others: int = 0
+    clients: int = 1
+    life: int = 1
+    busy_alone: bool = False
+
+    @property
+    def window(self) -> int:
+        """Sequences that this client may have in the engine: its share of what keeps it full."""
+        return max(1, int(_AHEAD * self.slots) // self.clients)
+
+    @property
+    def has_room(self) -> bool:
+        return self.state == "ready" and self.sequences < self.window
+
+    @property
+    def load(self) -> float:
+        """1 is an engine whose slots are all taken."""
+        return (self.sequences + self.others) / self.slots
+
+    def take(self, ticket: Ticket, wire_id: str) -> None:
+        ticket.wire_id = wire_id
+        self.in_flight[wire_id] = ticket
+        self.sequences += ticket.sequences
+
+    def drop(self, wire_id: str) -> Ticket | None:
+        """The row is not in this engine any more; None where it was given up before."""
+        ticket = self.in_flight.pop(wire_id, None)
+        if ticket is not None:
+            self.sequences -= ticket.sequences
+            self.busy_alone &= any(one.alone for one in self.in_flight.values())
+            if not self.in_flight:
+                self.others, self.clients = 0, 1  # from here on nobody tells
+        return ticket
+
+    def revive(self) -> None:
+        self.state, self.busy_alone = "ready", False
+        self.life += 1
+
+
+class Router:
+    """Rows of one affinity go to the same engine while it has a free slot, then to the least loaded.
+
+    Rows with an adapter stay at home as long as its window allows, since every engine that gets one has to load it.
+    Full weights go to the engines set aside for them, where there are any, and nothing else does.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = [lane for lane in lanes if not lane.set_aside]
+        self._set_aside = [lane for lane in lanes if lane.set_aside] or self._lanes
+        self._orders: dict[tuple[str, bool], list[Lane]] = {}
+
+    def route(self, affinity: str, adapter: AdapterRef | None) -> Lane | None:
+        """None: wait."""
+        whole = adapter is not None and adapter.kind == "full"
+        if adapter is not None:
+            order = self._order(affinity or adapter.digest, whole)
+            return next((lane for lane in order if lane.has_room), None)
+        if affinity:
+            home = next((lane for lane in self._order(affinity, whole) if lane.state == "ready"), None)
+            if home is not None and home.has_room and home.load < 1:
+                return home
+        free = [lane for lane in self._lanes if lane.has_room]
+        return min(free, key=lambda lane: lane.load) if free else None
+
+    def free_of_suspects(self, adapter: AdapterRef | None) -> Lane | None:
+        """An engine in which rows can run by themselves, once the others have left."""
+        lanes = self._set_aside if adapter is not None and adapter.kind == "full" else self._lanes
+        return next((lane for lane in lanes if lane.state == "ready" and not lane.busy_alone), None)
+
+    def forget(self, affinity: str) -> None:
+        self._orders.pop((affinity, False), None)
+        self._orders.pop((affinity, True), None)
+
+    def _order(self, affinity: str, whole: bool) -> list[Lane]:
+        """The same in every client, and nearly the same with one engine more or less (rendezvous hashing)."""
+        key = (affinity, whole)
+        if key not in self._orders:
+            lanes = self._set_aside if whole else self._lanes
+            self._orders[key] = sorted(lanes, key=lambda lane: _weight(affinity, lane.name), reverse=True)
+        return self._orders[key]
+
+
+def _weight(affinity: str, lane: str) -> bytes:
+    return hashlib.blake2b(f"{affinity}\0{lane}".encode(), digest_size=8).digest()
