@@ -76,7 +76,10 @@ class Url:
         """An object store has no folders to make."""
 
     def is_file(self) -> bool:
-        return self.modified is not None
+        with suppress(FileNotFoundError), _store(self) as store:
+            store.open_input_file(self.path).close()  # one request, where asking for its type takes two
+            return True
+        return False
 
     def is_dir(self) -> bool:
         return next(self.iterdir(), None) is not None

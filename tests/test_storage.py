@@ -36,6 +36,8 @@ from selfguide.errors import UserError
 from selfguide.recipefile import load_recipe
 from selfguide.report import write_report
 from selfguide.store import SHARD_ROWS, Journal, RunStore, Stage, TaskStore, leases
+from selfguide.sweep import run_jobs
+from selfguide.sweep.plan import plan_sweep
 from selfguide.tasks import load_task
 from tests.test_store import HOLD, MADE_BY, SCHEMA, Writer, again, finish, rows, tell
 
@@ -537,3 +539,14 @@ def test_the_doctor_tries_the_store(root: Url, options: str, place: str, level: 
     assert said in finding.found
     assert "probe-" not in finding.found
     assert level == "error" or not names(cast(Url, out))
+
+
+async def test_a_sweep_in_a_store_is_read_not_made_again(open_simulated: OpenSimulated, root: Url) -> None:
+    """Runners, workers of Ray Data and trainers write to it from processes of their own."""
+    async with open_simulated(**{"finetuning.simulated_tokens_per_s": 1e6}) as session:
+        planned = plan_sweep([str(SENTIMENT)], session.recipe)
+        outcomes = await run_jobs(planned.jobs, root, session=session)
+        assert [one.state for one in outcomes] == ["done"], outcomes[0].reason
+        assert await run_jobs(planned.jobs, root, session=session) == outcomes
+    assert {stage for stage, _ in stored_rows(root)} >= {"synthesis", "curation", "finetuning", "evaluation"}
+    assert (root / "sweep" / "outcomes.jsonl").is_dir()

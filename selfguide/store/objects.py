@@ -32,6 +32,7 @@ class ObjectWork:
         self._folder = stage / "work"
         self._epoch = 0
         self._claim = self._folder
+        self._cleared = False
         self._journal = Journal(self._folder / "events")
         self._earlier: list[dict[str, Any]] = []  # while held: the events of earlier epochs
         self._shards: dict[int, str] | None = None
@@ -108,7 +109,7 @@ class ObjectWork:
         """Gives the claim back, once the events that wait are written."""
         heart().stop(str(self._claim))
         with suppress(UserError):  # a claim that stays is succeeded, once its holder is dead
-            if self._claim.is_file():
+            if not self._cleared and self._claim.is_file():
                 self._journal.flush()
                 self._claim.unlink(missing_ok=True)
 
@@ -148,7 +149,10 @@ class ObjectWork:
         (self._stage / "rows.parquet").write_bytes(content)
 
     def clear(self) -> None:
+        """Removes the work folder, the claim with it."""
+        heart().stop(str(self._claim))
         remove_folder(self._folder)
+        self._cleared = True
 
     def _listing(self) -> dict[str, float]:
         """When each object below the work folder was written (seconds, the store's clock), by its path there."""

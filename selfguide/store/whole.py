@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,6 +17,9 @@ import pyarrow.parquet as pq
 
 from engines.files import AnyPath, Url
 from selfguide.errors import UserError
+
+_AT_ONCE = 16
+"""Objects that are read side by side: each takes a store's answer time, not this machine's."""
 
 
 def write_whole(path: AnyPath, content: bytes, *, replace: bool = True, sync: bool = True) -> None:
@@ -153,7 +157,9 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """All records, oldest first; what is left of a torn line is passed over."""
         if isinstance(self.path, Url):
-            return read_lines(b"".join(one.read_bytes() for one in self.path.glob("*.jsonl")))
+            objects = list(self.path.glob("*.jsonl"))
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                return read_lines(b"".join(pool.map(Url.read_bytes, objects)))
         return read_lines(self.path.read_bytes()) if self.path.is_file() else []
 
 
