@@ -122,9 +122,7 @@ class Turns:
 
     async def _are_idle(self) -> bool:
         found = await asyncio.gather(*(as_future(one.stats.remote()) for one in self._engines), return_exceptions=True)
-        return all(
-            isinstance(one, ActorDiedError) or (isinstance(one, list) and not any(map(_works, one))) for one in found
-        )
+        return not any(map(_works, found))
 
     async def _sleep(self) -> bool:
         return all(await asyncio.gather(*(_call(one, "sleep") for one in self._engines)))
@@ -134,8 +132,11 @@ class Turns:
             await asyncio.sleep(_POLL_S)
 
 
-def _works(stats: EngineStats) -> bool:
-    return stats.in_flight > 0
+def _works(found: list[EngineStats] | BaseException) -> bool:
+    """An actor that does not answer has rows to answer when it is back, unless it is lost for good."""
+    if isinstance(found, BaseException):
+        return not isinstance(found, ActorDiedError)
+    return any(stats.in_flight for stats in found)
 
 
 async def _call(engine: Any, method: str) -> bool:

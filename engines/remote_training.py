@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engines.files import Url, cache_folder, fetch_folder, list_folders, remove_folder, send_folder
-from engines.sft import CHECKPOINT_MARKER, PROGRESS_FILE, Finetuner, is_first
+from engines.sft import CHECKPOINT_MARKER, Finetuner, is_first
 from engines.simulated_sft import SimulatedFinetuner
 from engines.types import TrainResult, TrainSpec
 
@@ -25,13 +25,15 @@ def train_by_url(finetuner: Finetuner | SimulatedFinetuner, spec: TrainSpec, row
     folder = cache_folder() / "trainers" / hashlib.sha256(str(work).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     _fetch_file(rows, folder / _ROWS)
-    if (work / PROGRESS_FILE).is_file():
-        _fetch_file(work / PROGRESS_FILE, folder / PROGRESS_FILE)
+    for info in work.infos(recursive=False):
+        if info.is_file:  # progress, and scores of epochs
+            _fetch_file(work / info.base_name, folder / info.base_name)
     _fetch_checkpoints(work, folder, keep_all=spec.keep_epochs)
 
     def saved(checkpoint: Path) -> None:
+        for path in (*folder.glob("*.json"), *folder.glob("*.jsonl")):
+            (work / path.name).write_bytes(path.read_bytes())
         send_folder(checkpoint, work / checkpoint.name, last=CHECKPOINT_MARKER)
-        (work / PROGRESS_FILE).write_bytes((folder / PROGRESS_FILE).read_bytes())
         for sent in list_folders(work):
             if sent.name.startswith("checkpoint-") and not (folder / sent.name).is_dir():
                 remove_folder(sent)

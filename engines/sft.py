@@ -72,6 +72,8 @@ def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path, saved: Save
     trainer = _build_trainer(base, spec, data, work)
     trainer.add_callback(_save_callback(saved))
     picked = _pick_canaries(data, spec.canary_rows)
+    if spec.keep_epochs:
+        trainer.add_callback(_scoring_callback(trainer, picked, work))
     waits = spec.method == "lora" and _num_processes() > 1  # until it is sharded, the model lies in main memory
     before = [] if waits else _completion_logprobs(trainer.model, picked)
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work))
@@ -90,6 +92,7 @@ def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path, saved: Save
         rows=len(data),
         train_s=time.monotonic() - began,
         canaries=tuple(_canary(r, b, a) for r, b, a in zip(picked, before, after, strict=True)),
+        epoch_logprobs=_epoch_logprobs(work) if spec.keep_epochs and is_first() else (),
     )
 
 
@@ -194,8 +197,34 @@ def _save_callback(saved: Saved) -> Any:
     return HandOver()
 
 
+def _scoring_callback(trainer: Any, picked: Sequence[dict[str, Any]], work: Path) -> Any:
+    """Scores the canaries as each epoch ends, on disk before its checkpoint is: a kill leaves no epoch without."""
+    from transformers import TrainerCallback
+
+    class ScoreEpochs(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            scores = _completion_logprobs(trainer.model, picked)
+            if state.is_world_process_zero:
+                path = work / f"logprobs-{state.global_step}.json"
+                path.with_suffix(".part").write_text(json.dumps(scores), encoding="utf-8")
+                path.with_suffix(".part").replace(path)
+
+    return ScoreEpochs()
+
+
+def _epoch_logprobs(work: Path) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    steps = [checkpoint.name.split("-")[1] for checkpoint in _checkpoints(work)]
+    read = (json.loads((work / f"logprobs-{step}.json").read_text(encoding="utf-8")) for step in steps)
+    return tuple(tuple(map(tuple, scores)) for scores in read)
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    """In the order of their steps."""
+    return sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
 def _last_whole_checkpoint(work: Path) -> str | None:
-    for folder in sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    for folder in reversed(_checkpoints(work)):
         try:
             json.loads((folder / CHECKPOINT_MARKER).read_text())
         except (OSError, ValueError):
@@ -211,7 +240,7 @@ def _export(spec: TrainSpec, work: Path) -> tuple[AdapterRef, ...]:
 
     The checkpoints stay: should the caller be killed before it has put the weights away, the next call ends at once.
     """
-    checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = _checkpoints(work)
     epochs = range(spec.epochs - len(checkpoints) + 1, spec.epochs + 1)
     refs = []
     for epoch, checkpoint in zip(epochs, checkpoints, strict=True):

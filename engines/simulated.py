@@ -199,11 +199,11 @@ class SimulatedEngine:
 
     # ---- time
 
-    def _turn(self) -> None:
-        """Lets happen, in its order, all that was due until now."""
+    def _turn(self, due: float = 0.0) -> None:
+        """Lets happen, in its order, all that was due until now. Loops call a little before the time that was set."""
         if self._death or self._hangs:
             return
-        now = asyncio.get_running_loop().time()
+        now = max(asyncio.get_running_loop().time(), due)
         if self._dies_at is None:
             self._dies_at = now + self._life_s
         until = min(now, self._dies_at)
@@ -226,16 +226,17 @@ class SimulatedEngine:
         if not self._running:
             return
         assert self._dies_at is not None
-        due = min(ceil(self._running[0][0] / TICK_S) * TICK_S, self._dies_at, now + _PULSE_S)
+        end = self._running[0][0]
+        due = min(max(end, ceil(end / TICK_S) * TICK_S), self._dies_at, now + _PULSE_S)
         if self._timer is not None:
             if self._timer.when() <= due:
                 return
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(due, self._on_timer)
+        self._timer = asyncio.get_running_loop().call_at(due, self._on_timer, due)
 
-    def _on_timer(self) -> None:
+    def _on_timer(self, due: float) -> None:
         self._timer = None
-        self._turn()
+        self._turn(due)
 
     def _begin(self, moment: float) -> None:
         """Gives the free slots to whoever waits longest, a sequence each."""

@@ -105,7 +105,8 @@ class PrefixCache:
         if not self._most:
             return 0
         content, blocks = prompt.content, self._blocks
-        chain, chains, known = hash(_name(adapter)), [], 0
+        chain, known = hash(_name(adapter)), 0
+        chains: list[int] = []
         for start in range(0, len(content) - _BLOCK_BYTES, _BLOCK_BYTES):
             chain = hash((chain, content[start : start + _BLOCK_BYTES]))
             known += chain in blocks and known == len(chains)

@@ -1,4 +1,4 @@
-"""Finetuning without a model: takes its time, keeps checkpoints, and leaves an adapter that only simulated engines take.
+"""Finetuning without a model: takes its time, keeps checkpoints, and leaves an adapter for simulated engines alone.
 
 Loads neither PyTorch nor TRL.
 """
@@ -25,8 +25,6 @@ from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 class SimulatedFinetuner:
     """Jobs as `engines.sft.Finetuner` does them. The same rows and spec give the same adapter."""
 
-    def __init__(self, *, keep_base: bool = True) -> None: ...
-
     def train(self, spec: TrainSpec, rows: Path, work: Path, saved: Saved = lambda _: None) -> TrainResult:
         """Takes as many seconds as the rows' tokens at `spec.simulated_tokens_per_s`. A second call in `work` goes on
         from the last whole epoch; nothing is `saved` elsewhere."""
@@ -47,12 +45,13 @@ class SimulatedFinetuner:
             rows=job.num_rows,
             train_s=time.monotonic() - began,
             canaries=tuple(_canary(row, refs[-1]) for row in job.canary_rows),
+            epoch_logprobs=tuple(map(job.score, refs)) if spec.keep_epochs and _is_first() else (),
         )
 
 
 @dataclass(frozen=True)
 class _Job:
-    """`digest` is of the rows and of all in the spec that decides what would be learnt; tokens are those of an epoch."""
+    """`digest` is of the rows and of what in the spec decides what would be learnt; tokens are those of an epoch."""
 
     spec: TrainSpec
     work: Path
@@ -67,6 +66,9 @@ class _Job:
     @property
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
+
+    def score(self, ref: AdapterRef) -> tuple[tuple[float, ...], ...]:
+        return tuple(_canary(row, ref).tuned_logprobs for row in self.canary_rows)
 
 
 def _read_job(spec: TrainSpec, rows: Path, work: Path) -> _Job:

@@ -348,7 +348,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """`checkpoints` are in epoch order, the last one is final. `loss_curve` holds {step, epoch, loss}."""
+    """`checkpoints` are in epoch order, the last one is final. `loss_curve` holds {step, epoch, loss}.
+
+    `epoch_logprobs`, where every epoch was kept: for each checkpoint the trainer's log-probabilities of each canary.
+    """
 
     checkpoints: tuple[AdapterRef, ...]
     loss_curve: tuple[Mapping[str, float], ...]
@@ -359,3 +362,4 @@ class TrainResult:
     rows: int
     train_s: float
     canaries: tuple[Canary, ...]
+    epoch_logprobs: tuple[tuple[tuple[float, ...], ...], ...] = ()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cluster.trainers import Trainers
 
 _RANDOM_MODEL_VERSION = 1
+NO_STUDENT = "no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe"
 STAGES = ("synthesis", "curation", "finetuning", "evaluation")
 
 
@@ -135,7 +136,7 @@ def load_student(recipe: Recipe) -> Student:
     """Finds the student's files and reads what they say of it; raises `UserError` where they are no student."""
     model = recipe.model
     if not model.path:
-        raise UserError("no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe")
+        raise UserError(NO_STUDENT)
     try:
         folder = _random_model() if model.path == "random" else resolve_model(student_path(model.path), model.revision)
         read_config(folder)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from engines.files import AnyPath
-from selfguide import cli_checks, cli_demo, cli_replicate, cli_sweep
+from selfguide import cli_checks, cli_demo, cli_replicate, cli_search, cli_submit, cli_sweep
 from selfguide.cli_options import (
     AsJson,
     Assume,
@@ -42,6 +42,8 @@ app.add_typer(cli_demo.app)
 app.add_typer(cli_checks.app)
 app.add_typer(cli_sweep.app)
 app.add_typer(cli_replicate.app)
+app.add_typer(cli_search.app)
+app.add_typer(cli_submit.app)
 
 
 @app.callback()

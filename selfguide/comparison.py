@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from selfguide.environment import environment
-from selfguide.intervals import AUTHORS_METRICS, METRICS, bootstrap
+from selfguide.intervals import AUTHORS_METRICS, METRICS, Difference, bootstrap_columns
 from selfguide.records import Ledger
 
 if TYPE_CHECKING:
@@ -68,19 +68,33 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
+def differences(comparison: Artifact) -> dict[str, dict[str, Difference]]:
+    """The tuned student minus each other method, by method and metric."""
+    found: dict[str, dict[str, Difference]] = {}
+    for row in comparison.rows():
+        if row["difference"] is not None:
+            bounds = (row["difference"], row["difference_low"], row["difference_high"])
+            found.setdefault(row["method"], {})[row["metric"]] = Difference(*bounds, row["n"])
+    return found
+
+
 def _score_rows(evaluations: Mapping[str, Artifact], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Every score and every difference is resampled by the same rows: they are drawn once."""
     predictions = {method: artifact.rows() for method, artifact in evaluations.items()}
     found: list[dict[str, Any]] = []
+    columns: dict[tuple[int, str], list[float]] = {}
     for method, rows in predictions.items():
         for metric in (*METRICS, *AUTHORS_METRICS):
             line = {"row": len(found), "method": method, "evaluation": evaluations[method].path.name, "metric": metric}
             values = [row[metric] for row in rows]
             if None not in values:
-                score = bootstrap(values, resamples, seed)
-                line |= {"score": score.mean, "low": score.low, "high": score.high}
+                columns[len(found), ""] = values
                 if method != "self_guide":
                     ours = [row[metric] for row in predictions["self_guide"]]
-                    gain = bootstrap([a - b for a, b in zip(ours, values, strict=True)], resamples, seed)
-                    line |= {"difference": gain.mean, "difference_low": gain.low, "difference_high": gain.high}
+                    columns[len(found), "difference"] = [a - b for a, b in zip(ours, values, strict=True)]
             found.append({**dict.fromkeys(SCHEMA.names), **line, "n": len(rows)})
+    estimates = bootstrap_columns(list(columns.values()), resamples, seed)
+    for (number, what), one in zip(columns, estimates, strict=True):
+        names = (f"{what}_low", f"{what}_high") if what else ("low", "high")
+        found[number] |= {what or "score": one.mean, names[0]: one.low, names[1]: one.high}
     return found

@@ -67,7 +67,7 @@ class Engine(Section):
     tokens_per_s: float = Field(default=0.0, ge=0)
     """Simulated engines: output tokens per second and sequence; 0 answers at once."""
     simulation: Simulation = Simulation()
-    """Simulated engines: lengths of answers, prefill and prefix cache, time to start and to load (docs/simulation.md)."""
+    """Simulated engines: lengths of answers, prefill and its cache, time to start and to load (docs/simulation.md)."""
     faults: Faults = Faults()
     """Simulated engines: what goes wrong (docs/simulation.md)."""
 
@@ -203,6 +203,8 @@ class Finetuning(Section):
     """Trades time for memory."""
     canary_rows: int = Field(default=8, ge=1)
     """Training rows whose log-probabilities prove the adapter in the engine."""
+    keep_epochs: bool = False
+    """Keep the weights that every epoch left, not the last one's alone. A search over epochs sets this."""
     simulated_tokens_per_s: float = Field(default=0.0, ge=0)
     """Simulated engines: train nothing, but take as long as this many training tokens a second would; 0 trains."""
 
@@ -217,6 +219,8 @@ class Evaluation(Section):
     """Which instances are test rows: "official", the first `num_instances`; "authors", 90% (docs/tasks.md)."""
     num_instances: int = Field(default=100, ge=1)
     """Protocol "official": how many instances, from the first on, are test rows (published: 100)."""
+    num_validation: int = Field(default=100, ge=1)
+    """Protocol "official": at most so many of the instances behind the test rows are validation rows, for a search."""
     demonstrations: int | Literal["all"] = "all"
     """Gold examples in the prompt of base and tuned student, and in the training rows (official: 2)."""
     controls: tuple[Control, ...] = ("few_shot_icl", "filtered_decoding")

@@ -36,6 +36,7 @@ from selfguide.records import ACCEPTED, FAILED, Ledger, spent
 from selfguide.store import SHARD_ROWS, TOKEN_COUNTS, Artifact, Stage
 from selfguide.synthesis import SAMPLE
 from selfguide.taskrun import TaskRun, chosen
+from selfguide.tasks import Instance
 
 VERSION = 2
 SCHEMA = pa.schema([
@@ -62,6 +63,11 @@ class Protocol:
     adapter: Adapter | None = None
     labels: Literal["likeliest", "calibrated"] | None = None
     """Nothing is sampled: the label of highest log-probability in one pass, as it is, or standardised over all rows."""
+    split: Literal["test", "validation"] = "test"
+    """The rows that are asked."""
+
+    def instances(self, run: TaskRun) -> tuple[Instance, ...]:
+        return run.evaluation_instances if self.split == "test" else run.validation_instances
 
     @property
     def needs_logprobs(self) -> bool:
@@ -69,8 +75,8 @@ class Protocol:
 
 
 async def evaluate(run: TaskRun, protocol: Protocol) -> Artifact | None:
-    """Predictions and scores, one row for each instance; None for a task without held-out data."""
-    if not run.evaluation_instances:
+    """Predictions and scores, one row for each instance; None for a task without such rows."""
+    if not protocol.instances(run):
         return None
     stage = evaluation_stage(run, protocol)
     async with run.lock(stage):
@@ -92,6 +98,8 @@ def evaluation_stage(run: TaskRun, protocol: Protocol) -> Stage:
         config["gpt2"] = load_gpt2(run.recipe.evaluation.gpt2).digest
     if run.recipe.evaluation.protocol == "official":
         config["instances"] = run.recipe.evaluation.num_instances
+    if protocol.split == "validation":
+        config["validation"] = len(run.validation_instances)
     if protocol.num_gold is not None:
         config["num_gold"] = min(protocol.num_gold, len(run.task.examples))
     elif not protocol.filtered:
@@ -117,7 +125,7 @@ class _Evaluation:
 
     def __init__(self, run: TaskRun, protocol: Protocol, stage: Stage) -> None:
         self._run, self._protocol, self._stage = run, protocol, stage
-        self._instances = run.evaluation_instances
+        self._instances = protocol.instances(run)
         self._rows: dict[int, dict[str, Any]] = {}
         self._committed = 0
         self._tokens = dict.fromkeys(TOKEN_COUNTS, 0)
@@ -222,7 +230,7 @@ class _Evaluation:
 
     @cached_property
     def _split_labels(self) -> tuple[str, ...]:
-        """The authors search answers for the distinct references of the test split, as first seen."""
+        """The authors search answers for the distinct references of the split, as first seen."""
         return tuple(dict.fromkeys(instance.references[0] for instance in self._instances))
 
     def _finish(self, proof: dict[str, Any] | None) -> Artifact:
@@ -234,7 +242,7 @@ class _Evaluation:
         task = self._run.task
         facts = {
             "scores": mean_scores(rows), "proof": proof, "kind": task.kind, "labels_from": task.labels_from,
-            "protocol": self._run.recipe.evaluation.protocol,
+            "protocol": self._run.recipe.evaluation.protocol, "split": self._protocol.split,
         }  # fmt: skip
         return self._stage.finish(changed, SCHEMA, ledger, **facts, **self._stage.tokens())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -92,7 +92,10 @@ def gold_finetuning_stage(run: TaskRun) -> Stage:
 
 
 def _config(run: TaskRun) -> dict[str, Any]:
-    return {"finetuning": chosen(run.recipe.finetuning), "demonstrations": run.recipe.evaluation.demonstrations}
+    finetuning = chosen(run.recipe.finetuning)
+    if not finetuning["keep_epochs"]:
+        del finetuning["keep_epochs"]  # the stage is the one that it was before there was the key
+    return {"finetuning": finetuning, "demonstrations": run.recipe.evaluation.demonstrations}
 
 
 def _training_row(run: TaskRun, source: _Source) -> dict[str, Any]:
@@ -128,13 +131,30 @@ def train_spec(run: TaskRun) -> TrainSpec:
 
 
 def _keep_weights(stage: Stage, result: TrainResult) -> None:
-    """Moves the final weights beside the stage's rows; the trainer's folder goes with the work folder."""
-    remove_folder(stage.path / "weights")  # of a process that was killed before its marker
-    move_folder(locate(result.checkpoints[-1].url), stage.path / "weights")
+    """Moves the final weights beside the stage's rows, and with `keep_epochs` those of the epochs before.
+
+    The trainer's folder goes with the work folder.
+    """
+    *others, final = _kept(result)
+    for name in ("weights", "epochs"):  # of a process that was killed before its marker
+        remove_folder(stage.path / name)
+    if others:
+        (stage.path / "epochs").mkdir()
+    for epoch, ref in enumerate(others, 1):
+        move_folder(locate(ref.url), stage.path / "epochs" / str(epoch))
+    move_folder(locate(final.url), stage.path / "weights")
+
+
+def _kept(result: TrainResult) -> tuple[AdapterRef, ...]:
+    """The trainer may have left more checkpoints than it was asked to keep."""
+    return result.checkpoints if result.epoch_logprobs else result.checkpoints[-1:]
 
 
 def _described(result: TrainResult) -> dict[str, Any]:
-    return asdict(replace(result, checkpoints=result.checkpoints[-1:]))
+    """Not by `asdict`, which copies every token of the canaries by itself."""
+    facts = {field.name: getattr(result, field.name) for field in fields(result)}
+    canaries = [{field.name: getattr(one, field.name) for field in fields(one)} for one in result.canaries]
+    return facts | {"checkpoints": list(map(asdict, _kept(result))), "canaries": canaries}
 
 
 def read_adapter(artifact: Artifact) -> Adapter:
@@ -143,3 +163,16 @@ def read_adapter(artifact: Artifact) -> Adapter:
     ref = AdapterRef(**{**train["checkpoints"][-1], "url": str(artifact.path / "weights")})
     canaries = tuple(Canary(**{key: tuple(value) for key, value in one.items()}) for one in train["canaries"])
     return Adapter(ref, canaries, artifact)
+
+
+def read_epochs(artifact: Artifact) -> dict[int, Adapter]:
+    """The student after each epoch that was kept, with the trainer's word on the canaries then; the last is final."""
+    train, final = artifact.marker["train"], read_adapter(artifact)
+    adapters = {}
+    pairs = zip(train["checkpoints"][:-1], train.get("epoch_logprobs", ())[:-1], strict=True)
+    for epoch, (ref, logprobs) in enumerate(pairs, 1):
+        there = AdapterRef(**{**ref, "url": str(artifact.path / "epochs" / str(epoch))})
+        said = zip(final.canaries, logprobs, strict=True)
+        canaries = tuple(replace(canary, tuned_logprobs=tuple(one)) for canary, one in said)
+        adapters[epoch] = Adapter(there, canaries, artifact)
+    return {**adapters, train["epochs"]: final}

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from selfguide.comparison import record
+from selfguide.comparison import differences, record
 from selfguide.curation import curate
 from selfguide.evaluation import Protocol, evaluate
 from selfguide.finetuning import Adapter, finetune, finetune_gold
-from selfguide.intervals import Difference, paired_bootstrap
+from selfguide.intervals import Difference
 from selfguide.store import Artifact
 from selfguide.synthesis import synthesize
 from selfguide.taskrun import TaskRun
@@ -128,11 +128,7 @@ async def tuned(run: TaskRun, adapter: Adapter) -> Artifact | None:
 async def compare(run: TaskRun, adapter: Adapter, untuned: Mapping[str, Artifact]) -> Comparison:
     """Scores the tuned student and sets it against every untuned method, row by row."""
     ours = await tuned(run, adapter)
-    evaluations, differences = {}, {}
-    if ours is not None:
-        resamples, seed = run.recipe.evaluation.bootstrap_samples, run.recipe.seed
-        differences = {name: paired_bootstrap(ours, other, resamples, seed) for name, other in untuned.items()}
-        evaluations = {**untuned, "self_guide": ours}
+    evaluations = {} if ours is None else {**untuned, "self_guide": ours}
     recorded = await record(run, adapter, evaluations)
     place = f"tasks/{run.store.root.name}/{recorded.stage}/{recorded.path.name}"
-    return Comparison(run.task.name, place, adapter, evaluations, differences)
+    return Comparison(run.task.name, place, adapter, evaluations, differences(recorded))

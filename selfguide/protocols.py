@@ -1,7 +1,7 @@
 """The named evaluation protocols: which of a task's instances are test rows, and which are left for validation.
 
-- "official" (Super-NaturalInstructions): the first `evaluation.num_instances` are test rows, with all references; those
-  behind them may serve as validation.
+- "official" (Super-NaturalInstructions): the first `evaluation.num_instances` are test rows, with all references; the
+  `evaluation.num_validation` behind them may serve as validation.
 - "authors" (SELF-GUIDE): a tenth of the whole list is validation, the rest is test; for classification both have the
   list's shares of each label; the first reference alone counts. The authors' shuffle had no seed; here it follows from
   the recipe's seed and the task's name.
@@ -30,7 +30,8 @@ def test_instances(task: Task, evaluation: Evaluation, seed: int) -> tuple[Insta
 def validation_instances(task: Task, evaluation: Evaluation, seed: int) -> tuple[Instance, ...]:
     """The rows that a search may look at, none of which is a test row; there may be none."""
     if evaluation.protocol == "official":
-        return task.instances[evaluation.num_instances :]
+        first = evaluation.num_instances
+        return task.instances[first : first + evaluation.num_validation]
     return tuple(_first_reference(task.instances[index]) for index in sorted(_validation_rows(task, seed)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from inspect import cleandoc
@@ -35,12 +35,42 @@ def load_recipe(recipe: str | Path = "default", changes: Mapping[str, Any] | Non
     path = _find(str(recipe))
     # Merged over the defaults: a section's own (`evaluation.sampling` is greedy) must outlive a change of one key.
     tree = _merge(Recipe(name=path.stem).model_dump(mode="json"), _read(path, depth=0))
-    for key, value in (changes or {}).items():
+    return _change(tree, changes or {}, path.name)
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with `changes`, dotted keys to values, as `--set` makes them."""
+    return _change(recipe.model_dump(mode="json"), changes, recipe.name)
+
+
+def _change(tree: dict[str, Any], changes: Mapping[str, Any], name: str) -> Recipe:
+    for key, value in changes.items():
         _set(tree, key, value)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(printable(f"recipe {path.name}: {_explain(error)}")) from None
+        raise UserError(printable(f"recipe {name}: {_explain(error)}")) from None
+
+
+def extend_recipe(recipe: str, changed: Recipe, beside: Path) -> str:
+    """YAML of a recipe that extends `recipe`, a name or a file, to `changed`; for a file in the folder `beside`."""
+    parent = recipe if recipe in shipped_recipes() else os.path.relpath(Path(recipe).resolve(), beside.resolve())
+    tree = _difference(load_recipe(recipe).model_dump(mode="json"), changed.model_dump(mode="json"))
+    return yaml.safe_dump({"extends": parent, "name": changed.name, **tree}, sort_keys=False, allow_unicode=True)
+
+
+def _difference(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be merged over `base`; the keys of both are the same."""
+    found = {}
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base[key], dict):
+            value = _difference(base[key], value)
+            if not value:
+                continue
+        elif value == base[key]:
+            continue
+        found[key] = value
+    return found
 
 
 def parse_change(text: str) -> tuple[str, Any]:
@@ -56,6 +86,8 @@ def describe_fields() -> list[str]:
     lines = ["# Recipe keys", "", "Printed by `selfguide recipes --fields`. Change one with `--set key=value`.", ""]
     lines += _describe(Recipe, "")
     lines += ["", "## Filters", "", "Entries of the chains in `filters`: `- {name: length, sigmas: 3.0}`.", ""]
+    lines += ["With `--set`, `filters.inputs.length=false` takes one out of its chain, `filters.inputs.length=true`"]
+    lines += ["puts one in, and `filters.inputs.length.sigmas=2.0` changes it.", ""]
     for one in filter_specs():
         lines += ["", f"### {one.model_fields['name'].default}", "", cleandoc(one.__doc__ or ""), ""]
         lines += [line for line in _describe(one, "") if not line.startswith("- `name`")]
@@ -89,7 +121,7 @@ def _find(recipe: str) -> Path:
 
 
 def _read(path: Path, depth: int) -> dict[str, Any]:
-    tree = _parse(path)
+    tree = read_mapping(path, "recipe")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
@@ -129,18 +161,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file, "recipe" or "grid", whose keys are texts; an empty one is {}."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"recipe {path}: cannot be read ({error.strerror}); correct the path") from None
+        raise UserError(f"{what} {path}: cannot be read ({error.strerror}); correct the path") from None
     except UnicodeDecodeError:
-        raise UserError(f"recipe {path}: is not UTF-8 text; save it as UTF-8") from None
-    tree = _load_yaml(text, f"recipe {path}")
+        raise UserError(f"{what} {path}: is not UTF-8 text; save it as UTF-8") from None
+    tree = _load_yaml(text, f"{what} {path}")
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise UserError(f"recipe {path}: is no mapping; write sections such as synthesis: with keys below them")
+        raise UserError(f"{what} {path}: is no mapping; write sections such as synthesis: with keys below them")
     return tree
 
 
@@ -148,7 +181,7 @@ def _load_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
-        raise UserError(f"{source}: is nested too deeply; a recipe is sections of keys") from None
+        raise UserError(f"{source}: is nested too deeply; write sections of keys") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{source}, line {line}: {error.problem}; correct it there, or quote the text") from None
@@ -167,11 +200,37 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         tree = tree.setdefault(section, {})
+        if isinstance(tree, list) and sections[0] == "filters":
+            _set_filter(tree, [*sections[depth:], last], value, key)
+            return
         if not isinstance(tree, dict):
             raise UserError(f"--set {key}: {section} is a value, not a section")
     tree.update(_merge(tree, {last: value}))
+
+
+def _set_filter(chain: list[Any], path: Sequence[str], value: Any, key: str) -> None:
+    """`filters.inputs.length`: false takes the filter out of the chain, true or its parameters put it in.
+
+    One that is there keeps its place, and keeps the parameters that are not named.
+    """
+    name, *parameter = path
+    known = [one.model_fields["name"].default for one in filter_specs() if one is not Vote]
+    if name not in known:
+        raise UserError(f"--set {key}: no filter is called {shorten(name)}; choose {', '.join(known)}")
+    if len(parameter) > 1 or not (parameter or isinstance(value, bool | dict)):
+        raise UserError(f"--set {key}: write true, false, or the filter's parameters, as in {{sigmas: 2.0}}")
+    there = [one for one in chain if isinstance(one, dict) and one.get("name") == name]
+    if value is False and not parameter:
+        chain[:] = [one for one in chain if one not in there]
+        return
+    if not there:
+        there = [{"name": name}]
+        chain += there
+    changes = {parameter[0]: value} if parameter else {} if value is True else value
+    for one in there:
+        one.update(changes)
 
 
 def _explain(error: ValidationError) -> str:

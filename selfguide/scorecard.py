@@ -13,7 +13,7 @@ from selfguide.adapterfile import AdapterFile, check_adapter_file, find_measured
 from selfguide.api import idle_run, load_student, open_session
 from selfguide.errors import TaskFailed, UserError
 from selfguide.evaluation import Protocol, evaluate, evaluation_stage
-from selfguide.intervals import AUTHORS_METRICS, METRICS, bootstrap, bootstrap_tasks, paired_bootstrap
+from selfguide.intervals import AUTHORS_METRICS, METRICS, PRIMARY_METRICS, bootstrap, bootstrap_tasks, paired_bootstrap
 from selfguide.methods import untuned_protocols
 from selfguide.store import RunStore
 from selfguide.tables import make_table, show
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 8
 """Tasks under way together: enough that one task's last rows do not leave the engines idle."""
-_PRIMARY = {"classification": "exact_match", "generation": "rouge_l"}
+_PRIMARY = PRIMARY_METRICS["official"]
 _LEGEND = "Points from 0 to 100 with 95% bootstrap intervals; differences are paired."
 _TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
 

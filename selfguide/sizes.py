@@ -101,13 +101,15 @@ def training_bytes(size: ModelSize, finetuning: Finetuning, *, on_gpu: bool) -> 
 
 
 def saved_bytes(size: ModelSize, finetuning: Finetuning) -> int:
-    """The adapter, or the full weights, that a finished stage keeps."""
-    return trained_params(size, finetuning) * _SAVED_BYTES
+    """The adapters, or the full weights, that a finished stage keeps."""
+    num_kept = finetuning.epochs if finetuning.keep_epochs else 1
+    return num_kept * trained_params(size, finetuning) * _SAVED_BYTES
 
 
 def checkpoint_bytes(size: ModelSize, finetuning: Finetuning) -> int:
     """What lies on the disk at the worst moment of training; most of it goes with the stage's end."""
-    return _CHECKPOINTS * trained_params(size, finetuning) * (_SAVED_BYTES + _MOMENTS_BYTES)
+    num_checkpoints = max(_CHECKPOINTS, finetuning.epochs) if finetuning.keep_epochs else _CHECKPOINTS
+    return num_checkpoints * trained_params(size, finetuning) * (_SAVED_BYTES + _MOMENTS_BYTES)
 
 
 def existing(path: AnyPath) -> Path:

@@ -12,7 +12,7 @@ from cluster.transforms import Transforms
 from selfguide.config import Filters, Recipe
 from selfguide.filters import Context
 from selfguide.prompts import VERSION, Prompts
-from selfguide.protocols import test_instances
+from selfguide.protocols import test_instances, validation_instances
 from selfguide.records import row_id, row_seed
 from selfguide.store import Stage, TaskStore
 from selfguide.tasks import Instance, Task
@@ -86,6 +86,11 @@ class TaskRun:
     @cached_property
     def evaluation_instances(self) -> tuple[Instance, ...]:
         return test_instances(self.task, self.recipe.evaluation, self.recipe.seed)
+
+    @cached_property
+    def validation_instances(self) -> tuple[Instance, ...]:
+        """What a search may look at; none of them is a test row."""
+        return validation_instances(self.task, self.recipe.evaluation, self.recipe.seed)
 
     @property
     def num_demonstrations(self) -> int | None:

@@ -42,6 +42,8 @@ def test_official_test_rows_are_the_first_with_all_references() -> None:
     task = make_task([("x", "y"), ("z",)] * 60)
     assert protocols.test_instances(task, OFFICIAL, 0) == task.instances[:100]
     assert protocols.validation_instances(task, OFFICIAL, 0) == task.instances[100:]
+    capped = protocols.validation_instances(task, Evaluation(num_instances=7, num_validation=5), 0)
+    assert capped == task.instances[7:12]
     few = Evaluation(num_instances=7)
     assert protocols.test_instances(task, few, 1) == task.instances[:7]
     assert protocols.validation_instances(make_task([("x",)] * 7), few, 1) == ()

@@ -15,8 +15,15 @@ from pydantic import BaseModel, ValidationError
 
 from selfguide.config import Recipe
 from selfguide.errors import UserError
-from selfguide.filters import filter_specs
-from selfguide.recipefile import describe_fields, load_recipe, parse_change, shipped_recipes
+from selfguide.filters import Balance, Length, filter_specs
+from selfguide.recipefile import (
+    change_recipe,
+    describe_fields,
+    extend_recipe,
+    load_recipe,
+    parse_change,
+    shipped_recipes,
+)
 
 Write = Callable[..., Path]
 
@@ -314,13 +321,47 @@ def test_a_change_of_one_key_leaves_the_others_as_they_were(write: Write) -> Non
         assert recipe.model_dump() == expected
 
 
+def test_changes_reach_into_a_chain_of_filters() -> None:
+    """The others keep their places and their parameters."""
+    paper = load_recipe("paper")
+    before = paper.model_dump()["filters"]
+    assert load_recipe("paper", {"filters.inputs.length": True}) == paper
+    without = load_recipe("paper", {"filters.inputs.length": False}).model_dump()["filters"]
+    assert without == {**before, "inputs": tuple(one for one in before["inputs"] if one["name"] != "length")}
+    changed = load_recipe("paper", {"filters.inputs.length.floor": 0.1, "filters.samples.length": {"sigmas": 3.0}})
+    assert [one.name for one in changed.filters.inputs] == [one.name for one in paper.filters.inputs]
+    assert changed.filters.inputs[1] == Length(sigmas=2.0, floor=0.1)
+    assert changed.filters.samples == (*paper.filters.samples, Length(sigmas=3.0))
+    assert change_recipe(changed, {"filters.samples.length": False, "filters.inputs.length.floor": 0.5}) == paper
+    classes = {"filters.classification.sets.balance.ratio": 2.0}
+    assert load_recipe("paper", classes).filters.classification.sets == (Balance(ratio=2.0),)
+
+
+def test_a_changed_recipe_comes_back_from_what_extends_the_first(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: paper\nsynthesis: {target_rows: 9}\n")
+    for parent in ("nano", str(own)):
+        changes = {"filters.inputs.length": False, "synthesis.target_rows": None, "model.path": "a/b", "name": "won"}
+        changed = load_recipe(parent, changes)
+        path = tmp_path / "runs" / "won.yaml"
+        path.write_text(extend_recipe(parent, changed, path.parent))
+        assert load_recipe(path) == changed
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
         ("synthesis.lagg", 1, "did you mean lag?"),
         ("seed.x", 1, "seed"),
         ("synthesis.num_candidates.x", 1, "num_candidates is a value, not a section"),
-        ("filters.inputs.0", 1, "inputs is a value, not a section"),
+        ("synthesis.sampling.stop.x", 1, "stop is a value, not a section"),
+        ("filters.inputs.0", 1, "no filter is called '0'; choose empty, finished,"),
+        ("filters.inputs.vote", True, "no filter is called 'vote'"),
+        ("filters.inputs.length", 3, "write true, false, or the filter's parameters"),
+        ("filters.inputs.length.sigmas.x", 3, "write true, false, or the filter's parameters"),
+        ("filters.inputs.length.sigma", 3, "length.sigma: no such key; did you mean sigmas?"),
+        ("filters.inputs.agreement", True, "filters.inputs"),
         ("", 1, "no such key"),
         ("..", 1, "no such key"),
         ("extends", "paper", "extends: no such key"),

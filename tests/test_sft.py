@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,9 +97,20 @@ def test_the_seed_decides(in_process: Run, spec: TrainSpec, rows: Path, tmp_path
 
 
 def test_every_epoch_is_kept_where_asked(in_process: Run, spec: TrainSpec, rows: Path, tmp_path: Path) -> None:
-    result = in_process(train, replace(spec, epochs=3, keep_epochs=True), rows, make_work(tmp_path / "work"))
+    """With the trainer's word on it; looking at an epoch changes nothing of the next, nor does going on behind it."""
+    alone: TrainResult = in_process(train, replace(spec, epochs=3), rows, make_work(tmp_path / "alone"))
+    every, work = replace(spec, epochs=3, keep_epochs=True), make_work(tmp_path / "work")
+    result: TrainResult = in_process(train, every, rows, work)
     assert [Path(ref.url).name for ref in result.checkpoints] == ["epoch-1", "epoch-2", "epoch-3"]
     assert len({ref.digest for ref in result.checkpoints}) == 3
+    assert result.checkpoints[-1].digest == alone.checkpoints[-1].digest
+    assert result.epoch_logprobs[-1] == tuple(canary.tuned_logprobs for canary in alone.canaries)
+    assert len(set(result.epoch_logprobs)) == 3
+    assert alone.epoch_logprobs == ()
+    shutil.rmtree(work / "checkpoint-12")
+    again: TrainResult = in_process(train, every, rows, work)
+    assert again.checkpoints == result.checkpoints
+    assert again.epoch_logprobs == result.epoch_logprobs
 
 
 def _train_with_a_row_lost(spec: TrainSpec, rows: Path, work: Path) -> str:

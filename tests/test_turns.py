@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from cluster.fleet import start_engines, stop_engines
-from cluster.placement import ClusterSpec, Placement
+from cluster.placement import ClusterSpec, Limits, Placement
 from cluster.pool import Pool
 from cluster.trainers import Trainers, TrainerShape
 from cluster.turns import Turns
@@ -43,8 +43,10 @@ async def until(true: Callable[[], object], *jobs: asyncio.Task[Any]) -> None:
 
 @asynccontextmanager
 async def some_engines(num_engines: int = 1, **spec: Any) -> AsyncIterator[tuple[Pool, list[Any]]]:
-    cluster = ClusterSpec(num_engines=num_engines)
-    fleet = await start_engines(EngineSpec("none", kind="simulated", **spec), cluster, IN_TURN)
+    """Engines with an actor each."""
+    spec = {"kind": "simulated", "per_actor": 1, **spec}
+    cluster = ClusterSpec(num_engines=num_engines, limits=Limits(canary_s=0))
+    fleet = await start_engines(EngineSpec("none", **spec), cluster, IN_TURN)
     pool = Pool(fleet)
     try:
         yield pool, list(fleet.actors)
@@ -73,6 +75,17 @@ async def some_turns(engines: Sequence[Any], turn_tasks: int = 1) -> AsyncIterat
 async def answer(pool: Pool, count: int, prefix: str = "row") -> int:
     rows: list[Work] = [Request(f"{prefix}-{i}", [i, 1, 2], Sampling(seed=i)) for i in range(count)]
     return len([one async for one in pool.generate(rows)])
+
+
+async def in_flight(actor: Any) -> int:
+    [stats] = await actor.stats.remote()
+    return int(stats.in_flight)
+
+
+async def answers_of(actor: Any) -> int:
+    """Rows that the engine has answered, beside the canary at its start."""
+    [stats] = await actor.stats.remote()
+    return int(stats.requests) - 1
 
 
 class Jobs:
@@ -107,7 +120,7 @@ async def test_jobs_that_wait_train_in_one_night_and_rows_wait_for_the_morning()
         rows = asyncio.create_task(answer(pool, 50))
         await until(lambda: pool.counts.dispatched == 50, *started, rows)
         assert await asyncio.gather(*(one.sleep.remote() for one in actors)) == [None, None]
-        assert [stats.requests for stats in await pool.stats()] == [0, 0], "an engine answered at night"
+        assert [await answers_of(one) for one in actors] == [0, 0], "an engine answered at night"
         jobs.may_end.set()
         assert await asyncio.gather(*started, late) == [0, 1, 2, 3]
         assert await rows == 50
@@ -117,14 +130,11 @@ async def test_jobs_that_wait_train_in_one_night_and_rows_wait_for_the_morning()
 async def test_a_night_begins_once_engines_are_idle_and_not_before() -> None:
     async with some_engines(tokens_per_s=SLOW) as (pool, actors), some_turns(actors, turn_tasks=5) as (turns, _):
         rows = asyncio.create_task(answer(pool, 200))
-        while not (await actors[0].stats.remote()).in_flight:
+        while not await in_flight(actors[0]):
             await asyncio.sleep(0.01)
-
-        async def count_answers() -> int:
-            answered: int = (await actors[0].stats.remote()).requests
-            return answered
-
-        assert await turns.by_night(count_answers) == 200, "the engine had work, and too few jobs waited"
+        assert await turns.by_night(lambda: answers_of(actors[0])) == 200, (
+            "the engine had work, and too few jobs waited"
+        )
         assert await rows == 200
 
 
@@ -174,7 +184,7 @@ async def test_an_engine_that_dies_at_night_gets_its_device_and_sleeps_before_th
         await until(lambda: len(jobs.begun) == 2, job)  # broken off, and begun again once both slept
         rows = asyncio.create_task(answer(pool, 50))
         await until(lambda: pool.counts.dispatched, job)
-        assert [(await one.stats.remote()).requests for one in actors] == [0, 0]
+        assert [await answers_of(one) for one in actors] == [0, 0]
         jobs.may_end.set()
         assert await job == 0
         assert await rows == 50
@@ -190,7 +200,7 @@ async def test_an_engine_that_is_lost_for_good_holds_up_nobody() -> None:
         jobs.may_end.set()
         assert await job == 0
         await until(lambda: nights)
-        assert (await actors[1].stats.remote()).in_flight == 0
+        assert await in_flight(actors[1]) == 0
 
 
 # ---- with real trainers

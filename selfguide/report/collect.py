@@ -20,6 +20,7 @@ from selfguide.store import TOKEN_COUNTS, Artifact, RunStore, Stage, TaskStore
 SCHEMA_VERSION = 1
 TRAINED_FROM = ("synthesis", "curation", "finetuning")
 """The stages behind an adapter, in order."""
+FUNNEL_STEPS = ("candidates", "inputs_accepted", "pairs_kept", "rows_trained")
 _STAGES = (*TRAINED_FROM, "evaluation")
 _GENERATION_METRICS = ("authors_rouge_char", "rouge_l", "exact_match")
 
@@ -29,7 +30,7 @@ Artifacts = Mapping[str, Artifact]
 
 def collect(folder: AnyPath) -> dict[str, Any]:
     """Reads every marker of the run folder, and the shards of what is unfinished."""
-    store = _open_run(folder)
+    store = open_run(folder)
     tasks = [task for task in map(_collect_task, store.tasks()) if task["stages"] or task["unfinished"]]
     replication = collect_replication(folder, tasks)
     if not tasks and not replication:
@@ -37,20 +38,21 @@ def collect(folder: AnyPath) -> dict[str, Any]:
     lines = [line for task in tasks for line in task["lines"]]
     document = {
         "schema_version": SCHEMA_VERSION, "selfguide": selfguide.__version__, "tasks": tasks,
-        "recipes": _lift(lines, "recipe"), "environments": _lift(lines, "environment"),
-        "replication": replication,
+        "recipes": lift(lines, "recipe"), "environments": lift(lines, "environment"),
+        "replication": replication, "sweep": None,
     }  # fmt: skip
-    return dict(_finite(document))
+    return dict(finite(document))
 
 
-def _open_run(folder: AnyPath) -> RunStore:
+def open_run(folder: AnyPath) -> RunStore:
+    """Raises `UserError` where `folder` is no run folder."""
     if not is_file(folder / "run.json"):
         what = "is no run folder (it has no run.json)" if is_folder(folder) else "there is no such folder"
         raise UserError(f"{folder}: {what}; name the --out folder of a `selfguide run`")
     return RunStore(folder, create=False)
 
 
-def _lift(lines: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+def lift(lines: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """Replaces what many lines share by an id, and returns it once."""
     found = {}
     for line in lines:
@@ -61,12 +63,12 @@ def _lift(lines: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -74,8 +76,8 @@ def _finite(value: Any) -> Any:
 
 
 def _collect_task(task: TaskStore) -> dict[str, Any]:
-    artifacts = {_id(one): one for one in task.artifacts()}
-    intact = {name: one for name, one in artifacts.items() if _is_intact(task, artifacts, one)}
+    artifacts = {id_of(one): one for one in task.artifacts()}
+    intact = {name: one for name, one in artifacts.items() if is_intact(task, artifacts, one)}
     comparisons = [one for one in intact.values() if one.stage == "comparison"]
     num_comparisons = sum(one.stage == "comparison" for one in artifacts.values())
     facts = comparisons[-1].marker["task"] if comparisons else {}
@@ -90,12 +92,12 @@ def _collect_task(task: TaskStore) -> dict[str, Any]:
         "remarks": facts.get("remarks", []),
         "lines": [_line(intact, one) for one in comparisons],
         "num_outdated_lines": num_comparisons - len(comparisons),
-        "stages": [_stage(one, intact=_id(one) in intact) for one in stages],
+        "stages": [_stage(one, intact=id_of(one) in intact) for one in stages],
         "unfinished": _unfinished(task),
     }
 
 
-def _id(artifact: Artifact) -> str:
+def id_of(artifact: Artifact) -> str:
     return f"{artifact.stage}/{artifact.path.name}"
 
 
@@ -103,13 +105,13 @@ def _pipeline_order(artifact: Artifact) -> tuple[int, float]:
     return _STAGES.index(artifact.stage), artifact.marker["finished"]
 
 
-def _is_intact(task: TaskStore, artifacts: Artifacts, one: Artifact) -> bool:
+def is_intact(task: TaskStore, artifacts: Artifacts, one: Artifact) -> bool:
     """Whether its inputs are still those that it was made from: `--force` may have put others in their place.
 
     A fingerprint covers the inputs' digests, so it is worked out again from what lies there now.
     """
     inputs = [artifacts.get(name) for name in one.marker["inputs"]]
-    present = [found for found in inputs if found is not None and _is_intact(task, artifacts, found)]
+    present = [found for found in inputs if found is not None and is_intact(task, artifacts, found)]
     same = task.stage(one.stage, one.marker["made_by"], present).fingerprint == one.path.name
     return same and len(present) == len(inputs)
 
@@ -122,11 +124,11 @@ def _line(artifacts: Artifacts, comparison: Artifact) -> dict[str, Any]:
     marker = comparison.marker
     adapter = next(name for name in marker["inputs"] if name.startswith("finetuning/"))
     behind = _ancestors(artifacts, artifacts[adapter])
-    methods = _methods(artifacts, comparison)
+    methods = methods_of(artifacts, comparison)
     tuned = next((artifacts[one["evaluation"]] for one in methods if one["method"] == "self_guide"), None)
     line = {
-        "id": _id(comparison),
-        "finished": _moment(marker["finished"]),
+        "id": id_of(comparison),
+        "finished": moment(marker["finished"]),
         "task_digest": marker["made_by"]["task"],
         "recipe_name": marker["recipe"]["name"],
         "seed": marker["recipe"]["seed"],
@@ -136,11 +138,11 @@ def _line(artifacts: Artifacts, comparison: Artifact) -> dict[str, Any]:
         "protocol": marker["recipe"]["evaluation"]["protocol"],
         "labels_from": marker["task"]["labels_from"],
         "student": {"name": marker["recipe"]["model"]["path"], "digest": marker["made_by"]["model"]},
-        "lineage": {stage: _id(behind[stage]) for stage in TRAINED_FROM},
-        "funnel": _funnel(behind),
+        "lineage": {stage: id_of(behind[stage]) for stage in TRAINED_FROM},
+        "funnel": funnel(behind),
         "finetuning": _finetuning(behind["finetuning"]),
         "proof": _proof(tuned.marker["proof"]) if tuned else None,
-        "primary_metric": _primary_metric(marker["task"]["kind"], methods),
+        "primary_metric": primary_metric(marker["task"]["kind"], methods),
         "methods": methods,
     }
     return line | {"conclusion": conclude(line)}
@@ -154,14 +156,14 @@ def _ancestors(artifacts: Artifacts, one: Artifact) -> dict[str, Artifact]:
     return found
 
 
-def _funnel(behind: Artifacts) -> list[dict[str, Any]]:
+def funnel(behind: Artifacts) -> list[dict[str, Any]]:
     """From candidates to trained rows; each step's rows are the next one's candidates."""
     ledgers = [behind[stage].marker["ledger"] for stage in TRAINED_FROM]
     counts = [ledgers[0]["candidates"], *(ledger["accepted"] for ledger in ledgers)]
-    steps = ("candidates", "inputs_accepted", "pairs_kept", "rows_trained")
     whole = max(counts[0], 1)
     return [
-        {"step": step, "rows": rows, "share": round(rows / whole, 4)} for step, rows in zip(steps, counts, strict=True)
+        {"step": step, "rows": rows, "share": round(rows / whole, 4)}
+        for step, rows in zip(FUNNEL_STEPS, counts, strict=True)
     ]
 
 
@@ -182,7 +184,7 @@ def _proof(proof: Mapping[str, Any]) -> dict[str, Any]:
     return {key: proof[key] for key in ("status", "engine_difference", "training_difference", "noise")}
 
 
-def _methods(artifacts: Artifacts, comparison: Artifact) -> list[dict[str, Any]]:
+def methods_of(artifacts: Artifacts, comparison: Artifact) -> list[dict[str, Any]]:
     """In the order in which they were compared, the tuned student last."""
     found: dict[str, dict[str, Any]] = {}
     for row in comparison.rows():
@@ -201,7 +203,7 @@ def _estimate(n: int, mean: float | None, low: float | None, high: float | None)
     return None if mean is None else {"mean": mean, "low": low, "high": high, "n": n}
 
 
-def _primary_metric(kind: str, methods: Sequence[Mapping[str, Any]]) -> str | None:
+def primary_metric(kind: str, methods: Sequence[Mapping[str, Any]]) -> str | None:
     """As published: exact match for classification, ROUGE-L for generation where available; the authors' own of these
     under their protocol, which alone computes them."""
     order = ("authors_em", "exact_match") if kind == "classification" else _GENERATION_METRICS
@@ -217,11 +219,11 @@ def _stage(artifact: Artifact, *, intact: bool) -> dict[str, Any]:
     seconds, output_tokens = marker["seconds"], marker.get("output_tokens")
     scores = marker.get("scores", {})
     return {
-        "id": _id(artifact),
+        "id": id_of(artifact),
         "stage": artifact.stage,
         "inputs": marker["inputs"],
         "inputs_replaced": not intact,
-        "finished": _moment(marker["finished"]),
+        "finished": moment(marker["finished"]),
         "seconds": seconds,
         "ledger": marker["ledger"],
         **{key: marker.get(key) for key in TOKEN_COUNTS},
@@ -245,7 +247,7 @@ def _unfinished_stage(path: AnyPath) -> dict[str, Any]:
     return {
         "id": f"{stage.name}/{stage.fingerprint}",
         "stage": stage.name,
-        "last_event": _moment(events[-1]["time"]) if events else None,
+        "last_event": moment(events[-1]["time"]) if events else None,
         "num_committed_rows": len(rows),
         "ledger": Ledger.of(rows).as_dict(),
         **stage.tokens(),
@@ -264,5 +266,5 @@ def _count_deaths(events: Sequence[Mapping[str, Any]]) -> int:
     return len(deaths)
 
 
-def _moment(seconds: float) -> str:
+def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -36,7 +36,7 @@ def conclude(line: Mapping[str, Any]) -> list[str]:
     sentences = [*_caveats(line), _against_base(gain, metric)]
     for control in others.values():
         if control["evaluation"] != base["evaluation"]:
-            sentences += _against_control(control["method"], control["differences"][metric], _sign(gain) > 0)
+            sentences += _against_control(control["method"], control["differences"][metric], sign(gain) > 0)
     return sentences
 
 
@@ -44,7 +44,7 @@ def title(method: str) -> str:
     return TITLES.get(method, method.replace("_", " "))
 
 
-def _sign(estimate: Mapping[str, Any]) -> int:
+def sign(estimate: Mapping[str, Any]) -> int:
     """1 or -1 where the interval, as printed, lies on one side of zero; else 0."""
     low, high = round(estimate["low"], 1), round(estimate["high"], 1)
     return int(low > 0) - int(high < 0)
@@ -71,15 +71,15 @@ def _against_base(gain: Mapping[str, Any], metric: str) -> str:
         side = "above" if gain["mean"] > 0 else "below"
         claim = f"SELF-GUIDE is {amount} points {side} the untuned student in {METRIC_TITLES[metric]}"
     verdict = {1: "excludes zero", 0: "does not exclude zero", -1: "excludes zero: finetuning made the student worse"}
-    return f"{claim} (95% interval {bounds(gain)}, n = {gain['n']}), which {verdict[_sign(gain)]}."
+    return f"{claim} (95% interval {bounds(gain)}, n = {gain['n']}), which {verdict[sign(gain)]}."
 
 
 def _against_control(method: str, gain: Mapping[str, Any], gained: bool) -> list[str]:
     """A control matters where it is clearly better or worse, or may explain the gain."""
-    name, amount, sign = title(method), points(abs(gain["mean"])), _sign(gain)
+    name, amount, side_of = title(method), points(abs(gain["mean"])), sign(gain)
     cost = "which needs no synthetic data" if method == "few_shot_sft" else "which trains nothing"
-    if sign:
-        side = "above" if sign > 0 else "below"
+    if side_of:
+        side = "above" if side_of > 0 else "below"
         return [f"It is {amount} points {side} {name}, {cost} (95% interval {bounds(gain)})."]
     if not gained:
         return []

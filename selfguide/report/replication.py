@@ -11,13 +11,14 @@ from dataclasses import asdict
 from typing import Any
 
 from engines.files import AnyPath
+from selfguide.intervals import PRIMARY_METRICS
 from selfguide.published import Figure, PublishedTask, figure_kinds, figures_of, published, published_tasks
 from selfguide.replication import read_marker
 
 MEASURED = ("base", "filtered_decoding", "self_guide")
 FIGURES = ("base", "filtered_decoding", "gain", "best_validation")
 AVERAGED = ("base", "filtered_decoding", "gain")
-_METRICS = {"classification": "authors_em", "generation": "authors_rouge_char"}
+_METRICS = PRIMARY_METRICS["authors"]
 
 Json = Mapping[str, Any]
 

@@ -60,10 +60,16 @@ async def run_jobs(
 
 
 def is_settled(outcome: Outcome | None, out: AnyPath, retry_failed: bool) -> bool:
-    """Whether a job with this last outcome is not to be carried out (again)."""
-    if outcome is None or outcome.state == "failed":
-        return outcome is not None and not retry_failed
-    place = (outcome.result or {}).get("comparison")
+    """Whether a job with this last outcome is not to be carried out (again).
+
+    A method whose result has something under `failed` came to an end, but not with all of its parts.
+    """
+    if outcome is None:
+        return False
+    result = outcome.result or {}
+    if outcome.state == "failed" or result.get("failed"):
+        return not retry_failed
+    place = result.get("comparison")
     return place is None or (out / place / "done.json").is_file()
 
 

@@ -1,0 +1,432 @@
+"""Commands as jobs of a real Ray cluster: dashboard, job server and token, started as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import typer.main
+
+from cluster import submit as ray_jobs
+from selfguide import cli
+from selfguide.errors import UserError
+from selfguide.store import leases
+from selfguide.submission import check_submission, name_job
+
+REPO = Path(__file__).parent.parent
+SENTIMENT = REPO / "selfguide" / "examples" / "sentiment.json"
+RECIPE = """
+extends: smoke
+engine: {kind: simulated, faults: {hang_after: %d}}
+synthesis: {target_rows: null, num_candidates: 160, lag: 16}
+finetuning: {epochs: 1, batch_size: 16}
+evaluation: {controls: []}
+cluster: {address: 'ray://elsewhere:10001', limits: {stall_s: 3600}}
+"""
+"""Its address is not the job's affair: a job joins the cluster that runs it."""
+HANGS = RECIPE % 250
+"""32 answers of the evaluation, two for each row: it stops with one or two shards of 64 rows on disk, and no more."""
+SOUND = RECIPE % 0
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A user's environment, whose RAY_API_SERVER_ADDRESS is the cluster's and who has its token."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    ports = free_ports(5)
+    user = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}",
+    }  # fmt: skip
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+             "ray-client-server-port")  # fmt: skip
+    folder = tempfile.mkdtemp(prefix="sg-", dir="/tmp")  # Ray's sockets want a short path
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
+        *(f"--{name}={port}" for name, port in zip(names, ports, strict=True)), "--min-worker-port=0",
+        "--max-worker-port=0", f"--temp-dir={folder}", "--num-cpus=4", f"--object-store-memory={128 << 20}",
+    ]  # fmt: skip
+    head = {**user, "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    log = Path(folder) / "head.log"
+    with log.open("wb") as out, ExitStack() as stack:
+        process = subprocess.Popen(command, env=head, stdout=out, stderr=out, start_new_session=True)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(end, process)
+        wait_until(lambda: answers(user["RAY_API_SERVER_ADDRESS"]), process, log)
+        yield user
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """The head and all that it started: Ray's own farewell takes 20 s."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=5)
+    except urllib.error.HTTPError as error:
+        return error.code == 401  # it is up, and asks for the token
+    except OSError:
+        return False
+    raise AssertionError("the cluster asks for no token")
+
+
+def wait_until(ready: Callable[[], object], process: subprocess.Popen[Any], log: Path) -> None:
+    """Until it is so; the process that shall make it so must live."""
+    while not ready():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A working dir with a task in it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copy(SENTIMENT, folder)
+    return folder
+
+
+@pytest.fixture
+def selfguide(environment: dict[str, str], work: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*argv: object, **changes: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "selfguide"), *map(str, argv)]
+        return subprocess.run(command, cwd=work, env=environment | changes, capture_output=True, text=True)
+
+    return run
+
+
+SelfGuide = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def listed(selfguide: SelfGuide) -> dict[str, dict[str, Any]]:
+    return {job["id"]: job for job in json.loads(selfguide("jobs", "--json").stdout)}
+
+
+def synthesized(out: Path) -> dict[int, dict[str, Any]]:
+    """Rows of the synthesis that are on disk, in shards or whole."""
+    files = [*out.glob("tasks/*/synthesis/*/work/*.parquet"), *out.glob("tasks/*/synthesis/*/rows.parquet")]
+    return {row["row"]: row for file in files for row in pq.read_table(file).to_pylist()}
+
+
+@pytest.mark.timeout(600)  # two runs
+def test_a_job_is_followed_joined_stopped_and_resumed_by_the_same_command(
+    selfguide: SelfGuide, environment: dict[str, str], work: Path, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = ["run", "sentiment.json", "--recipe", "recipe.yaml", "--out", str(out)]
+    name = name_job(command)
+    (work / "recipe.yaml").write_text(HANGS)
+    with log.open("wb") as file:
+        submit = [str(BIN / "selfguide"), "submit", "--", *command]
+        first = subprocess.Popen(submit, cwd=work, env=environment, stdout=file, stderr=file)
+    wait_until(lambda: "engines ready" in log.read_text() and len(synthesized(out)) >= 64, first, log)
+    second = selfguide("submit", "--detach", "--", *command)
+    assert (second.returncode, second.stdout) == (0, f"{name}\n")
+    assert f"{name}: is at work already" in second.stderr
+    first.send_signal(signal.SIGINT)
+    assert first.wait() == 130
+    assert f"{name}: runs on; selfguide logs {name} --follow" in log.read_text()
+    job = listed(selfguide)[name]
+    assert (job["state"], job["ended"], job["command"]) == ("running", None, " ".join(["selfguide", *command]))
+
+    stopped = selfguide("stop", name)
+    assert (stopped.returncode, stopped.stdout) == (0, "")
+    assert f"{name}: stopped; the same submit command goes on" in stopped.stderr
+    assert selfguide("logs", name, "--follow").returncode == 130
+    assert not leases(out), "it was killed, not stopped"
+    committed = synthesized(out)
+    assert 64 <= len(committed) < 160
+
+    (work / "recipe.yaml").write_text(SOUND)
+    resumed = selfguide("submit", "--", *command)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"{name}-2: submitted" in resumed.stderr
+    assert "# SELF-GUIDE report" in resumed.stdout
+    final = synthesized(out)
+    assert len(final) == 160
+    assert all(final[key] == row for key, row in committed.items()), "a committed row was changed"
+    events = next(out.glob("tasks/*/synthesis/*/events.jsonl")).read_text().splitlines()
+    assert [one["epoch"] for one in map(json.loads, events) if one["event"] == "begin"] == [1, 2]
+    states = {key: job["state"] for key, job in listed(selfguide).items()}
+    assert (states[name], states[f"{name}-2"]) == ("stopped", "done")
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_fails_ends_with_its_reason_and_its_exit_code(
+    selfguide: SelfGuide, work: Path, tmp_path: Path
+) -> None:
+    (work / "recipe.yaml").write_text(SOUND.replace("hang_after: 0", "refuse_share: 1"))
+    command = ["run", "sentiment.json", "--recipe", "recipe.yaml", "--out", tmp_path / "out"]
+    failed = selfguide("submit", "--name", "poor", "--", *command)
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    said = failed.stderr.splitlines()[-1]
+    assert re.fullmatch(r"selfguide: poor failed: sentiment: .*rows failed in synthesis.*", said)
+    job = listed(selfguide)["poor"]
+    assert (job["state"], job["exit_code"], f"selfguide: poor failed: {job['reason']}") == ("failed", 1, said)
+    table = selfguide("jobs").stdout.splitlines()
+    assert [line.split()[:2] for line in table if "poor" in line] == [["poor", "failed"]]
+    assert said.removeprefix("selfguide: poor failed: ") in selfguide("logs", "poor").stdout
+    assert selfguide("stop", "poor").stderr == "poor: failed already\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "no Ray job server answers (ConnectionError)"),
+        ({"RAY_API_SERVER_ADDRESS": "127.0.0.1:8265"}, "is no address of a job server; write the dashboard's"),
+        ({"RAY_AUTH_TOKEN_PATH": "/none"}, "the cluster wants its own token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "the cluster wants its own token"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_is_not_there_or_asks_for_a_token_is_exit_code_2(
+    selfguide: SelfGuide, changes: dict[str, str], said: str
+) -> None:
+    done = selfguide("jobs", **changes)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("selfguide: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+
+
+def test_an_address_on_the_command_line_wins_over_the_environment(
+    selfguide: SelfGuide, environment: dict[str, str]
+) -> None:
+    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+    assert selfguide("jobs", "--address", environment["RAY_API_SERVER_ADDRESS"], **elsewhere).returncode == 0
+
+
+def test_a_job_that_is_not_there(selfguide: SelfGuide) -> None:
+    for verb in (["logs"], ["logs", "--follow"], ["stop"]):
+        done = selfguide(*verb, "none")
+        assert (done.returncode, done.stderr) == (
+            2,
+            "selfguide: none: there is no such job; selfguide jobs lists them\n",
+        )
+
+
+GOOD = ["run", "sentiment.json", "--recipe", "smoke", "--out", "/shared/out"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nonsense"], "nonsense: is nothing to submit; choose run"),
+        (["run"], "run: Missing argument 'task'"),
+        ([*GOOD, "--nonsense"], "run: No such option: --nonsense"),
+        ([*GOOD, "--kind", "odd"], "Invalid value for '--kind'"),
+        ([*GOOD, "--set", "synthesis.lagg=1"], "synthesis.lagg: no such key; did you mean lag?"),
+        ([*GOOD, "--recipe", "smok"], "did you mean smoke?"),
+        ([*GOOD, "--recipe", "paper"], "no student: name one with --model"),
+        ([*GOOD, "--out", "runs/mine"], "--out runs/mine: is relative"),
+        (GOOD[:-2], "--out runs/latest: is relative"),
+        (["run", "none.json", *GOOD[2:]], "none.json: matches no file"),
+        (["run", "../outside.json", *GOOD[2:]], "../outside.json: lies outside the working dir"),
+        (["run", "ignored/sentiment.json", *GOOD[2:]], "would not be uploaded"),
+        (["run", "runs/sentiment.json", *GOOD[2:]], "would not be uploaded"),
+        (["run", "broken.json", *GOOD[2:]], "broken.json"),
+        (["evaluate", "*.json", *GOOD[2:]], "broken.json"),
+    ],
+)  # fmt: skip
+def test_a_command_that_cannot_succeed_is_refused_before_a_server_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], work: Path, argv: list[str], said: str
+) -> None:
+    (work / "ignored").mkdir()
+    (work / "runs").mkdir()
+    (work / ".gitignore").write_text("ignored/\n")
+    (work / "broken.json").write_text("{}")
+    for place in (work.parent / "outside.json", work / "ignored" / SENTIMENT.name, work / "runs" / SENTIMENT.name):
+        shutil.copy(SENTIMENT, place)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(ray_jobs, "connect", lambda address: pytest.fail("a server was asked"))
+    monkeypatch.setattr(sys, "argv", ["selfguide", "submit", "--", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, len(err.splitlines())) == (2, "", 1)
+    assert said in err
+
+
+def verbs() -> Any:
+    return typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def test_what_only_the_cluster_can_have_is_said_not_refused(work: Path) -> None:
+    assert check_submission(verbs(), GOOD, work) == []
+    assert check_submission(verbs(), ["run", "/none/on/this/machine.json", *GOOD[2:]], work) == []
+    task = str(work / SENTIMENT.name)
+    assert check_submission(verbs(), ["run", task, *GOOD[2:]], work) == [
+        f"{task}: is not uploaded; the cluster must have it at this path"
+    ]
+
+
+def test_no_gigabyte_is_uploaded(work: Path) -> None:
+    for folder in (".git", ".venv", "runs", "data"):
+        (work / folder).mkdir()
+        with (work / folder / "large.bin").open("wb") as file:
+            file.truncate(ray_jobs.MAX_UPLOAD_BYTES)  # a hole: no block of the disk is taken
+    with pytest.raises(UserError, match=r"100 MiB would be uploaded, .*largest: data/large.bin, 100 MiB"):
+        check_submission(verbs(), GOOD, work)
+    (work / ".rayignore").write_text("data\n")
+    assert check_submission(verbs(), GOOD, work) == []
+    assert sorted(path.name for path in ray_jobs.uploaded_files(work)) == [".rayignore", "sentiment.json"]
+
+
+class Server:
+    """The job server's client, in memory."""
+
+    def __init__(self, *known: SimpleNamespace) -> None:
+        self.known = {one.submission_id: one for one in known}
+        self.faster: list[SimpleNamespace] = []
+        self.logs: list[list[str | Exception]] = []
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return list(self.known.values())
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return self.known[job_id]
+
+    def submit_job(self, *, submission_id: str, entrypoint: str, metadata: dict[str, str], runtime_env: Any) -> None:
+        for other in self.faster:
+            self.known[other.submission_id] = other
+        self.faster = []
+        if submission_id in self.known:
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        self.known[submission_id] = details(submission_id, "PENDING", metadata["selfguide_command"])
+        self.known[submission_id].sent = (entrypoint, runtime_env)
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for chunk in self.logs.pop(0):
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+
+def details(job_id: str, status: str, command: str = "selfguide run x") -> SimpleNamespace:
+    return SimpleNamespace(
+        submission_id=job_id, status=status, metadata={"selfguide_command": command}, entrypoint="", message="",
+        start_time=1000, end_time=None, driver_exit_code=None,
+    )  # fmt: skip
+
+
+def begin(server: Server, *args: str) -> tuple[str, bool]:
+    job, new = ray_jobs.begin_job(server, "job", args, Path("/work"), {"K": "V"}, {"env_vars": {"A": "B"}})
+    return job.id, new
+
+
+def test_of_two_that_submit_at_once_one_is_first_and_the_other_follows_it() -> None:
+    server = Server(details("job", "SUCCEEDED"), details("job-2", "FAILED"), details("job-x", "RUNNING"))
+    server.faster = [details("job-3", "RUNNING")]
+    assert begin(server, "run", "x") == ("job-3", False)
+    server.known["job-3"].status = "STOPPED"
+    assert begin(server, "run", "x") == ("job-4", True)
+    with pytest.raises(ray_jobs.SubmitError, match=r"job-4: is at work on another command \(selfguide run x\)"):
+        begin(server, "run", "y")
+
+
+def test_a_job_is_sent_with_its_cluster_its_folder_and_its_environment() -> None:
+    server = Server()
+    begin(server, "run", "a b.json", "--out", "/x")
+    entrypoint, environment = server.known["job"].sent
+    assert entrypoint == "exec selfguide run --set cluster.address=auto 'a b.json' --out /x"
+    assert (environment["working_dir"], {"K": "V", "A": "B"}.items() <= environment["env_vars"].items()) == (
+        "/work",
+        True,
+    )
+
+
+def test_a_log_whose_connection_drops_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "_RETRY_S", 0.0)
+    server = Server(details("job", "RUNNING"))
+    server.logs = [
+        ["first ", "sec", ConnectionError()],
+        [RuntimeError()],
+        ["first second", ConnectionError()],
+        ["first second third"],
+    ]
+    printed: list[str] = []
+
+    def write(text: str) -> None:
+        printed.append(text)
+        if "third" in text:
+            server.known["job"].status = "SUCCEEDED"
+
+    assert ray_jobs.follow_job(server, "job", write).state == "done"
+    assert printed == ["first ", "sec", "ond", " third"]
+    server.known["job"].status = "RUNNING"
+    server.logs = [[ConnectionError("gone")] for _ in range(10)]
+    with pytest.raises(ray_jobs.SubmitError, match="does not answer any more"):
+        ray_jobs.follow_job(server, "job", write)
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "code", "said"),
+    [
+        ("SUCCEEDED", 0, 0, "job: done"),
+        ("FAILED", 1, 1, "selfguide: job failed: the task's own reason"),
+        ("FAILED", 2, 2, "selfguide: job failed: the task's own reason"),
+        ("FAILED", 127, 1, "selfguide: job failed: the cluster has no selfguide on its PATH"),
+        ("FAILED", None, 1, "selfguide: job failed: the task's own reason"),
+        ("STOPPED", None, 130, "job: stopped"),
+    ],
+)  # fmt: skip
+def test_who_follows_a_job_ends_as_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    status: str, exit_code: int | None, code: int, said: str,
+) -> None:  # fmt: skip
+    one = details("job", status)
+    one.driver_exit_code, one.message = exit_code, "failed, the last lines:\nselfguide: the task's own reason\n"
+    server = Server(one)
+    server.logs = [["a \x1b[2Jlog\r\n"]]
+    monkeypatch.setattr(ray_jobs, "connect", lambda address: server)
+    monkeypatch.setattr(sys, "argv", ["selfguide", "logs", "job", "--follow"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code or 0, out) == (code, "a \\x1b[2Jlog\n")
+    assert err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--env", "K"], ["--name", "a b"], ["--runtime-env", "none.yaml"], ["--working-dir", "none"]]
+)
+def test_options_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["selfguide", "submit", *argv, *GOOD])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"selfguide: {argv[0]} ")
