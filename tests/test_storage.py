@@ -443,6 +443,7 @@ class TwoEpochs:
             for name in ("adapter_model.safetensors", "inner/optimizer.pt", "trainer_state.json"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_text(f"{step} {name}")
+            (work / f"logprobs-{step}.json").write_text("[]")
             with (work / "progress.jsonl").open("a") as file:
                 file.write(f"{step}\n")
             if not spec.keep_epochs and step > 1:
@@ -450,6 +451,7 @@ class TwoEpochs:
             saved(folder)
             if step == self._last:
                 raise InterruptedError
+        assert {path.name for path in work.glob("logprobs-*.json")} == {"logprobs-1.json", "logprobs-2.json"}
         (work / "epoch-2").mkdir()
         (work / "epoch-2" / "adapter_model.safetensors").write_text("final")
         ref = AdapterRef("d", str(work / "epoch-2"), 4, "")
