@@ -24,7 +24,7 @@ from cluster.berth import differs
 from cluster.engine_actor import Parcel, Reply
 from cluster.fleet import EnginesLost, Fleet, as_future, engine_stats
 from cluster.lane import Host, Lane, Router, Ticket
-from engines.types import Completion, EngineStats, Outcome, RequestFailed, Work
+from engines.types import Completion, EngineStats, Outcome, RequestFailed, Work, num_prompt_tokens
 
 __all__ = ["Channel", "EnginesLost", "Pool", "as_future"]
 
@@ -278,6 +278,7 @@ class Pool:
             self.counts.stale += 1
             return
         self.counts.answered += 1
+        self.counts.prompt_tokens += num_prompt_tokens(ticket.work)
         if isinstance(outcome, Completion):
             self.counts.output_tokens += sum(len(sample.token_ids) for sample in outcome.samples)
             self.counts.cached_tokens += outcome.cached_tokens

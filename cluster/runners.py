@@ -56,25 +56,24 @@ class RunnerDied(Exception):
 
 
 class RunnerActor:
-    """One process; the desk is set up with the first call."""
+    """One process. In each of its lives `enter` comes first; until then everything else waits."""
 
-    def __init__(self, parcel: list[Any]) -> None:
-        """`parcel` holds a reference to the desk and its setting: what is larger than Ray sends inline has to outlive
-        the actor for its restarts, which the driver sees to."""
-        self._parcel = parcel
+    def __init__(self) -> None:
         self._stack = AsyncExitStack()
-        self._worker: asyncio.Task[Worker] | None = None
+        self._worker: asyncio.Future[Worker] | None = None
+        self._entered = asyncio.Event()
         self._stages: dict[tuple[str, str], int] = {}
 
-    async def ready(self) -> None:
+    async def enter(self, desk: Desk, setting: Any) -> None:
         if self._worker is None:
-            self._worker = asyncio.create_task(self._set_up())
+            self._worker = asyncio.ensure_future(self._stack.enter_async_context(desk(setting, self._hear)))
+            self._entered.set()
         await asyncio.shield(self._worker)
 
-    async def _set_up(self) -> Worker:
-        desk, setting = await self._parcel[0]
-        worker: Worker = await self._stack.enter_async_context(desk(setting, self._hear))
-        return worker
+    async def _at_work(self) -> Worker:
+        await self._entered.wait()
+        assert self._worker is not None
+        return await asyncio.shield(self._worker)
 
     def _hear(self, job: str, stage: str, counts: Mapping[str, Any]) -> None:
         """Counts without rows say that the stage is over."""
@@ -84,18 +83,15 @@ class RunnerActor:
             self._stages[job, stage] = counts["rows"]
 
     async def work(self, name: str, job: Any) -> Any:
-        await self.ready()
-        assert self._worker is not None
+        worker = await self._at_work()
         try:
-            return await self._worker.result().work(job)
+            return await worker.work(job)
         finally:
             for key in [key for key in self._stages if key[0] == name]:
                 del self._stages[key]
 
     async def heard(self) -> Heard:
-        await self.ready()
-        assert self._worker is not None
-        worker, active = self._worker.result(), dict[str, tuple[int, int]]()
+        worker, active = await self._at_work(), dict[str, tuple[int, int]]()
         for (_, stage), rows in self._stages.items():
             tasks, total = active.get(stage, (0, 0))
             active[stage] = (tasks + 1, total + rows)
@@ -130,10 +126,10 @@ class _Dealt:
 
 
 class Runners:
-    """The driver's side. Make it with `start_runners`."""
+    """The driver's side. Make it with `open_runners`."""
 
-    def __init__(self, start: Callable[[], Any], count: int) -> None:
-        self._start = start
+    def __init__(self, start: Callable[[], Any], count: int, desk: Desk, setting: Any) -> None:
+        self._start, self._desk, self._setting = start, desk, setting
         self._runners = [_Runner(start()) for _ in range(count)]
         self._waiting: deque[_Dealt] = deque()
         self._suspects: deque[_Dealt] = deque()
@@ -185,7 +181,7 @@ class Runners:
             dealt.deaths += 1
             self._bury(runner)
             (self._suspects if dealt.suspect else self._waiting).append(dealt)
-            await self._await_life(runner)
+            await self._enter(runner)
         else:
             done(dealt.name, result)
         finally:
@@ -194,6 +190,7 @@ class Runners:
     async def _isolate(self, dealt: _Dealt, done: Callable[[str, Any], None]) -> None:
         actor = self._start()
         try:
+            await actor.enter.remote(self._desk, self._setting)
             done(dealt.name, await actor.work.remote(dealt.name, dealt.job))
         except RayActorError as error:
             dealt.deaths_alone += 1
@@ -212,10 +209,14 @@ class Runners:
             runner.last = None
             self.num_deaths += 1
 
-    async def _await_life(self, runner: _Runner) -> None:
+    async def enter(self) -> None:
+        await asyncio.gather(*(self._enter(runner) for runner in self._runners))
+
+    async def _enter(self, runner: _Runner) -> None:
+        """Waits for the runner's next life, and gives it what it works with."""
         while True:
             try:
-                await runner.actor.ready.remote()
+                await runner.actor.enter.remote(self._desk, self._setting)
                 return
             except RayActorError:
                 await asyncio.sleep(0.5)
@@ -230,6 +231,8 @@ class Runners:
         for runner, heard in zip(self._runners, found, strict=True):
             if isinstance(heard, Heard):
                 runner.last = heard
+            elif not runner.running:
+                await asyncio.wait_for(self._enter(runner), 60.0)  # it died idle, and nobody else would notice
             total.update(runner.past)
             total.update(runner.last.counts if runner.last else {})
         return [heard for heard in found if isinstance(heard, Heard)], total
@@ -245,10 +248,9 @@ async def open_runners(cluster: ClusterSpec, desk: Desk, setting: Any) -> AsyncI
     remote = ray.remote(
         num_cpus=cluster.runner_cpus, max_restarts=-1, max_task_retries=0, max_concurrency=10_000
     )(RunnerActor)  # fmt: skip
-    parcel = [ray.put((desk, setting))]
-    runners = Runners(lambda: remote.remote(parcel), cluster.num_runners)
+    runners = Runners(remote.remote, cluster.num_runners, desk, setting)
     try:
-        await asyncio.gather(*(as_future(one.actor.ready.remote()) for one in runners._runners))
+        await runners.enter()
         yield runners
     finally:
         runners.stop()

@@ -27,7 +27,7 @@ _STOP_WAIT_S = 60
 _STOP = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
 """Seconds between SIGTERM and SIGKILL: time to leave shards and leases in order."""
 _CONNECT_S = 5.0
-_MAX_DROPS, _RETRY_S = 5, 1.0
+_MAX_DROPS, _RETRY_S, _MAX_RACES = 5, 1.0, 5
 _COMMAND_KEY = "selfguide_command"
 
 State = Literal["pending", "running", "done", "failed", "stopped"]
@@ -125,8 +125,8 @@ def begin_job(
         "excludes": [*_EXCLUDES],
         "env_vars": {**_STOP, **runtime_env.get("env_vars", {}), **env},
     }
-    while True:
-        earlier = [job for job in list_jobs(client) if re.fullmatch(rf"{re.escape(name)}(-\d+)?", job.id)]
+    for _ in range(_MAX_RACES):
+        earlier = [job for job in _all_jobs(client) if re.fullmatch(rf"{re.escape(name)}(-\d+)?", job.id)]
         for job in earlier:
             if job.at_work and job.command != command:
                 raise SubmitError(f"{job.id}: is at work on another command ({job.command}); choose another --name")
@@ -143,14 +143,18 @@ def begin_job(
                     continue
                 raise
         return find_job(client, new), True
+    raise SubmitError(f"{name}: others submit it at the same time; choose another --name")
 
 
 def list_jobs(client: Any) -> list[ClusterJob]:
     """The jobs that run selfguide, oldest first, those of other submitters (KubeRay's) too."""
+    return [job for job in _all_jobs(client) if job.command.removeprefix("exec ").startswith("selfguide ")]
+
+
+def _all_jobs(client: Any) -> list[ClusterJob]:
     with _explained(client.get_address()):
-        details = [one for one in client.list_jobs() if one.submission_id]
-    ours = [one for one in details if _COMMAND_KEY in (one.metadata or {}) or _is_ours(one.entrypoint)]
-    return sorted(map(_read_job, ours), key=lambda job: job.began or 0.0)
+        jobs = [_read_job(one) for one in client.list_jobs() if one.submission_id]
+    return sorted(jobs, key=lambda job: job.began or 0.0)
 
 
 def find_job(client: Any, job_id: str) -> ClusterJob:
@@ -251,10 +255,6 @@ def _reason(details: Any) -> str:
 
 def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason is known")
-
-
-def _is_ours(entrypoint: str) -> bool:
-    return entrypoint.removeprefix("exec ").startswith("selfguide ")
 
 
 def _seconds(milliseconds: int | None) -> float | None:

@@ -143,6 +143,13 @@ Work = Request | ScoreRequest | ChoiceRequest
 Outcome = Completion | Score | ChoiceScores | RequestFailed
 
 
+def num_prompt_tokens(work: Work) -> int:
+    """How many tokens it has to read."""
+    if isinstance(work, Request):
+        return len(work.prompt_ids)
+    return len(work.prefix_ids) + (len(work.completion_ids) if isinstance(work, ScoreRequest) else 0)
+
+
 def num_sequences(work: Work) -> int:
     """How many sequences an engine decodes for it."""
     return work.sampling.n if isinstance(work, Request) else 1

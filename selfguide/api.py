@@ -156,6 +156,24 @@ def load_student(recipe: Recipe) -> Student:
     return Student(str(folder), model_digest(folder), tokenizer, chat, longest)
 
 
+def student_digest(recipe: Recipe) -> str:
+    """Who the student is, without its tokenizer, which takes seconds to load. Raises `UserError`."""
+    return model_digest(_student_folder(recipe))
+
+
+def _student_folder(recipe: Recipe) -> Path:
+    model = recipe.model
+    if not model.path:
+        raise UserError("no student: name one with --model FOLDER_OR_HUB_NAME, or model.path in the recipe")
+    try:
+        folder = _random_model() if model.path == "random" else resolve_model(student_path(model.path), model.revision)
+        read_config(folder)
+        check_whole(folder)
+    except (ModelError, OSError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return folder
+
+
 def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
     engine, full = recipe.engine, recipe.finetuning.method == "full"
     return EngineSpec(

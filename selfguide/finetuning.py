@@ -95,6 +95,8 @@ def _config(run: TaskRun) -> dict[str, Any]:
     finetuning = chosen(run.recipe.finetuning)
     if not finetuning["keep_epochs"]:
         del finetuning["keep_epochs"]  # the stage is the one that it was before there was the key
+    if finetuning.pop("simulated_tokens_per_s"):
+        finetuning["simulated"] = True  # how fast changes no weight
     return {"finetuning": finetuning, "demonstrations": run.recipe.evaluation.demonstrations}
 
 

@@ -155,14 +155,17 @@ async def search_tasks(
 
 def _jobs(search: Search) -> list[Job]:
     """A job is a task with all its points: those share stages, and a stage is written by one process."""
+    from selfguide.api import student_digest
     from selfguide.sweep import Job
 
-    jobs = []
+    jobs, student = [], student_digest(search.recipe)
     for task in search.tasks:
         grid, source = search.grids[task.kind], str(Path(task.source).resolve())
-        options = {"changes": list(grid.changes), "epochs": list(grid.epochs)}
-        job = Job(source, task.name, task.digest, search.recipe, METHOD, task.kind, task.labels_from, options=options)
-        jobs.append(replace(job, cost=float(grid.num_points)))
+        job = Job(
+            source, task.name, task.digest, search.recipe, student, METHOD, task.kind, task.labels_from,
+            cost=float(grid.num_points), options={"changes": list(grid.changes), "epochs": list(grid.epochs)},
+        )  # fmt: skip
+        jobs.append(job)
     return jobs
 
 

@@ -88,7 +88,7 @@ def _check_inputs(verb: str, given: dict[str, Any], uploaded: dict[Path, int]) -
     here = [path for path in tasks if os.path.exists(path) or not _PLACE.match(path)]
     files = find_tasks(here)
     patterns = any(not os.path.exists(path) for path in here)
-    others = [given["recipe"], recipe.model.path, given.get("folder"), given.get("adapter")]
+    others = [given["recipe"], recipe.model.path, *map(given.get, ("folder", "adapter", "grid"))]
     held = {place for file in uploaded for place in (file, *file.parents)}
     for path in [*(files if patterns else here), *filter(None, others)]:
         if os.path.exists(path):

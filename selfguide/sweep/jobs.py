@@ -21,6 +21,7 @@ _NO_ROW = {
         "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_gib", "max_loras", "block_size",
         "tensor_parallel", "per_actor", "tokens_per_s", "faults", "adapter_cache_gib",
     },
+    "finetuning": {"simulated_tokens_per_s"},
 }  # fmt: skip
 """What changes no row: where it runs, and how fast."""
 
@@ -29,7 +30,8 @@ _NO_ROW = {
 class Job:
     """One task under one recipe by one method: what a sweep does once, whatever dies.
 
-    `source` is the task's file, `task_digest` what it said when the sweep began. `method` names a coroutine function,
+    `source` is the task's file, `task_digest` what it said when the sweep began; `student` is the digest of the model's
+    files. `method` names a coroutine function,
     "module:function", that takes the `TaskRun` and `options` as keywords and returns JSON values, no rows. `cost` is
     the work that is expected of it, in tokens: the longest begin first.
     """
@@ -38,6 +40,7 @@ class Job:
     task: str
     task_digest: str
     recipe: Recipe
+    student: str = ""
     method: str = SELF_GUIDE
     kind: Kind | None = None
     labels_from: LabelsFrom | None = None
@@ -48,7 +51,7 @@ class Job:
     def key(self) -> str:
         """Jobs of equal keys make the same rows. 16 hex digits."""
         recipe = self.recipe.model_dump(mode="json", exclude=_NO_ROW)  # type: ignore[arg-type]
-        content = [self.task, self.task_digest, self.method, self.options, self.labels_from, recipe]
+        content = [self.task, self.task_digest, self.student, self.method, self.options, self.labels_from, recipe]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -41,7 +41,10 @@ def plan_sweep(
     A file that is no task, or that has no room in the student's context, is told and left out, as an absent one is.
     Raises `UserError` where nothing is left, or where two files hold tasks of one name.
     """
+    from selfguide.api import student_digest
+
     files, absent = _choose(paths, split)
+    student = student_digest(recipe)
     official = _official(paths)
     jobs: list[Job] = []
     facts: list[dict[str, Any]] = []
@@ -50,11 +53,10 @@ def plan_sweep(
         try:
             task = load_task(path, labels_from=labels_from)
         except UserError as error:
-            invalid.append({"source": path.name, "reason": str(error)})
+            invalid.append({"source": path.name, "reason": str(error).replace(str(path), path.name)})
             continue
-        job = Job(
-            str(path.resolve()), task.name, task.digest, recipe, labels_from=labels_from, cost=_cost(task, recipe)
-        )
+        cost = _cost(task, recipe)
+        job = Job(str(path.resolve()), task.name, task.digest, recipe, student, labels_from=labels_from, cost=cost)
         jobs.append(job)
         facts.append({
             "task": task.name, "job": job.key, "source": path.name, "kind": task.kind, "category": task.category,
