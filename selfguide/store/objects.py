@@ -20,7 +20,7 @@ from selfguide.errors import UserError
 from selfguide.store.lease import describe_me, heart, is_alive
 from selfguide.store.whole import Journal
 
-_LOOKS, _PAUSE_S = 8, 0.25
+_LOOKS, _PAUSE_S = 20, 0.25
 """How often, and how long apart, the first of two claimants looks whether the other one has stepped back."""
 
 
@@ -81,10 +81,15 @@ class ObjectWork:
 
     def _living(self, claim: str, silence_s: float) -> bytes | None:
         """The claim's content where its holder lives. Silence is told by the store's clock alone."""
-        with suppress(FileNotFoundError):  # given back meanwhile
+        try:
             content = (self._folder / claim).read_bytes()
-            return content if is_alive(content, silence_s) else None
-        return None
+        except FileNotFoundError:  # given back meanwhile
+            return None
+        except UserError:  # what Arrow says where it is given back between the look at its size and its content
+            if (self._folder / claim).is_file():
+                raise
+            return None
+        return content if is_alive(content, silence_s) else None
 
     def check_free(self) -> None:
         """Raises `UserError` where another process is at work."""
