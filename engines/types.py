@@ -13,6 +13,10 @@ from typing import Any, Literal, Protocol, TypeVar
 T = TypeVar("T")
 
 
+class UserError(Exception):
+    """A mistake that the user can mend. One line: what is wrong, where, and the remedy. Exit code 2."""
+
+
 def travels(kind: type[T]) -> type[T]:
     """For what is sent by the thousand: pickled as its fields, in half the time of a frozen dataclass's own way."""
     values = attrgetter(*(one.name for one in fields(kind)))  # type: ignore[arg-type]
@@ -265,6 +269,8 @@ class EngineSpec:
     block_size: int | None = None
     max_loras: int = 4
     max_lora_rank: int = 16
+    adapter_cache_gib: float = 50.0
+    """What adapters fetched from an object store may take on a node's disk, those in use aside."""
     enforce_eager: bool = False
     seed: int = 0
     per_actor: int = 1
