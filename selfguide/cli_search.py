@@ -81,22 +81,12 @@ def _run(wanted: Search, out: Path, *, retry_failed: bool, as_json: bool) -> Non
     import asyncio
 
     from selfguide.errors import TaskFailed
-    from selfguide.progress import ProgressView
     from selfguide.search import search_tasks
+    from selfguide.sweepview import SweepView
 
-    with goes_on(), ProgressView() as progress:
-        searching = search_tasks(
-            wanted, out, progress=progress, hear=_tell, retry_failed=retry_failed, command=sys.argv[1:]
-        )
+    with goes_on(), SweepView() as view:
+        searching = search_tasks(wanted, out, hear=view.hear, retry_failed=retry_failed, command=sys.argv[1:])
         document = asyncio.run(searching)
     typer.echo(json.dumps(document, indent=1) if as_json else (out / "search.md").read_text(encoding="utf-8"))
     if lost := [one["kind"] for one in document["kinds"] if one["winner"] is None]:
         raise TaskFailed(f"no grid point came to an end on all {' or '.join(lost)} tasks; {out / 'search.md'} says why")
-
-
-def _tell(event: Mapping[str, Any]) -> None:
-    """A line for each task that comes to its end."""
-    from selfguide.progress import stderr_line
-
-    if event["event"] == "task" and event["state"] != "started":
-        stderr_line(f"{event['task']}: {event['reason'] or event['state']}")

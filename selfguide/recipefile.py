@@ -69,8 +69,15 @@ def _difference(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
                 continue
         elif value == base[key]:
             continue
-        found[key] = value
+        found[key] = [_without_defaults(one) for one in value] if isinstance(value, list) else value
     return found
+
+
+def _without_defaults(entry: Any) -> Any:
+    """A filter as a person would list it; what else stands in lists as it is."""
+    known = {one.model_fields["name"].default: one().model_dump(mode="json") for one in filter_specs()}
+    defaults = known.get(entry.get("name"), {}) if isinstance(entry, dict) else {}
+    return {k: v for k, v in entry.items() if k == "name" or v != defaults[k]} if defaults else entry
 
 
 def parse_change(text: str) -> tuple[str, Any]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from selfguide.store import Artifact
     from selfguide.sweep import Job
     from selfguide.sweep.driver import Listen
-    from selfguide.taskrun import Progress, TaskRun
+    from selfguide.taskrun import TaskRun
     from selfguide.tasks import Task
 
 FORMAT = 1
@@ -124,7 +124,6 @@ async def search_tasks(
     search: Search,
     out: Path,
     *,
-    progress: Progress = lambda task, stage, counts: None,
     hear: Listen = lambda event: None,
     retry_failed: bool = False,
     session: Session | None = None,
@@ -132,9 +131,8 @@ async def search_tasks(
 ) -> dict[str, Any]:
     """Searches in the run folder `out`, and writes search.json, search.md and a recipe for each winner.
 
-    A second call goes on where the first one ended; `retry_failed` has it try again what failed. `progress` hears of
-    engines that start, `hear` the events of a sweep. Raises `UserError` for what the caller can mend, before anything
-    starts.
+    A second call goes on where the first one ended; `retry_failed` has it try again what failed. `hear` hears a sweep's
+    events. Raises `UserError` for what the caller can mend, before anything starts.
     """
     from selfguide.api import load_student, open_session
     from selfguide.sweep import run_jobs
@@ -148,6 +146,10 @@ async def search_tasks(
     if session is None and all(is_settled(known.get(job.key), out, retry_failed) for job in jobs):
         outcomes = [known[job.key] for job in jobs]
     else:
+
+        def progress(_: str, stage: str, counts: Mapping[str, Any]) -> None:
+            hear({"event": stage, **counts})
+
         async with nullcontext(session) if session else open_session(_serving(search), progress) as engines:
             outcomes = await run_jobs(jobs, out, session=engines, hear=hear, retry_failed=retry_failed)
     return _write_results(search, out, {one.task: one.result or {"failed": one.reason} for one in outcomes})

@@ -347,6 +347,7 @@ def test_a_changed_recipe_comes_back_from_what_extends_the_first(tmp_path: Path)
         path = tmp_path / "runs" / "won.yaml"
         path.write_text(extend_recipe(parent, changed, path.parent))
         assert load_recipe(path) == changed
+    assert "  - name: noise\n    extra:\n" in path.read_text()  # its other parameters are the filter's own
 
 
 @pytest.mark.parametrize(

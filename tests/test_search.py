@@ -22,7 +22,7 @@ from selfguide.filters import Length
 from selfguide.finetuning import finetune, finetuning_stage, read_epochs
 from selfguide.grid import Grid, read_grid, shipped_grids
 from selfguide.methods import untuned_protocols
-from selfguide.recipefile import load_recipe
+from selfguide.recipefile import change_recipe, load_recipe
 from selfguide.search import Search, choose, notices, plan_search, search_task, search_tasks
 from selfguide.store import RunStore
 from selfguide.synthesis import synthesize
@@ -132,8 +132,8 @@ def test_a_point_that_is_no_recipe_is_named(tasks: list[Task]) -> None:
 
 
 def test_points_that_cannot_share_are_said(tasks: list[Task]) -> None:
-    paper, full = load_recipe("paper"), read_grid("authors-full")
-    assert notices(Search(tasks, paper, "paper", full)) == []
+    full = read_grid("authors-full")
+    assert notices(Search(tasks, load_recipe("paper"), "paper", full)) == []
     target = load_recipe("paper", {"synthesis.target_rows": 9})
     [notice] = notices(Search(tasks, target, "paper", full))
     assert "points that differ in filters.samples.length generate" in notice
@@ -214,13 +214,8 @@ async def test_lost_engines_are_nobodys_points(
 
 async def test_every_epochs_student_is_proven_on_vllm(vllm_session: Session, tasks: list[Task], tmp_path: Path) -> None:
     """By the trainer's word on that epoch: by the final one's, the first would be another adapter."""
-    settings = {"num_candidates": 24, "target_rows": 12}
-    recipe = vllm_session.recipe.model_copy(
-        update={
-            "synthesis": vllm_session.recipe.synthesis.model_copy(update=settings),
-            "evaluation": vllm_session.recipe.evaluation.model_copy(update={"num_instances": 30}),
-        }
-    )
+    small = {"synthesis.num_candidates": 24, "synthesis.target_rows": 12, "evaluation.num_instances": 30}
+    recipe = change_recipe(vllm_session.recipe, small)
     run = task_run(replace(vllm_session, recipe=recipe), tasks[1], tmp_path)
     found = await search_task(run, changes=[{}], epochs=[1, 3])
     for entry in found["points"]:
@@ -247,8 +242,7 @@ async def test_fingerprints_of_runs_know_nothing_of_searches(
     assert [list(read_epochs(one.artifact)) for one in adapters] == [[2], [1, 2]]
     assert "keep_epochs" not in adapters[0].artifact.marker["made_by"]["finetuning"]
     test = untuned_protocols(run)["base"]
-    fewer = run.recipe.evaluation.model_copy(update={"num_validation": 5})
-    other = replace(run, recipe=run.recipe.model_copy(update={"evaluation": fewer}))
+    other = replace(run, recipe=change_recipe(run.recipe, {"evaluation.num_validation": 5}))
     assert evaluation_stage(run, test).fingerprint == evaluation_stage(other, test).fingerprint
     validation = replace(test, split="validation")
     found = {evaluation_stage(one, protocol).fingerprint for one in (run, other) for protocol in (test, validation)}
@@ -326,9 +320,8 @@ async def test_a_search_writes_its_table_and_recipes_that_run(
     assert "Simulated engines answered, without a model: the figures mean nothing." in text
     assert "points 1: time_first: 0 of 12 candidates are left" in text.replace("\\", "")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    base, lost_base = [row for row in rows if row[0] == "base"]
-    assert lost_base[3] == f"{generation['tasks'][0]['score']:.1f}"
-    assert base[3] == f"{classification['tasks'][0]['score']:.1f}"
+    bases = [f"{kind['tasks'][0]['score']:.1f}" for kind in (classification, generation)]
+    assert [row[3] for row in rows if row[0] == "base"] == bases
     assert sum(row[0] == "winner" for row in rows) == 2
     assert [row[3:] for row in rows if row[0] == "1"][-1] == ["failed", "failed", ""]
 
