@@ -188,12 +188,13 @@ def run_lap(
 class Driver:
     """The command as a child process, and all that it has started."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, out: str = "") -> None:
+        """Its run folder is `folder`, or the URL `out`; its log lies beside `folder`."""
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen([*command, "--out", str(folder)], stdout=log, stderr=log)
+            self._process = subprocess.Popen([*command, "--out", out or str(folder)], stdout=log, stderr=log)
         self.family: list[Process] = []
 
     @property

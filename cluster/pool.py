@@ -36,6 +36,9 @@ TURN_ROWS = 32
 """Rows that a task may send before the others have their turn."""
 _PUMP_S = 0.005
 """Rows that become ready within this time travel together."""
+_FEW_CHANNELS = 8
+_PATIENCE_S, _MOST_PATIENCE_S = 0.002, 0.2
+"""How long a caller's answers are gathered, for each caller, and at most."""
 _PING_S = 5.0
 _DEAD_FOR_GOOD = 5
 """So many times in a row Ray says that an actor is dead: it is not only between two lives."""
@@ -73,8 +76,13 @@ class Channel:
             self._pool.enqueue(Ticket(request, self), suspect=request.id in self._suspects)
 
     async def receive(self) -> list[Outcome]:
-        """All answers that are there, one at least, in the order of arrival. Raises `EnginesLost`."""
+        """All answers that are there, one at least, in the order of arrival. Raises `EnginesLost`.
+
+        Where many callers take turns, each waits a little for more: what follows costs as much for one as for many.
+        """
         answers = [await self._answers.get()]
+        if (patience_s := self._pool.patience_s) and not isinstance(answers[0], BaseException):
+            await asyncio.sleep(patience_s)
         while not self._answers.empty():
             answers.append(self._answers.get_nowait())
         outcomes = []
@@ -103,7 +111,7 @@ class Pool:
         self._suspects: deque[list[Ticket]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump_due: asyncio.TimerHandle | None = None
-        self._dispatches = 0
+        self._dispatches = self._num_channels = 0
         self.counts = PoolCounts()
 
     @asynccontextmanager
@@ -116,9 +124,11 @@ class Pool:
         run again; `suspects` are ids that such an event of an earlier process named. Leaving drops what is under way.
         """
         channel = Channel(self, affinity, journal, frozenset(suspects))
+        self._num_channels += 1
         try:
             yield channel
         finally:
+            self._num_channels -= 1
             self._abandon(channel)
 
     async def generate(self, requests: Sequence[Work], affinity: str = "") -> AsyncIterator[Outcome]:
@@ -135,6 +145,11 @@ class Pool:
 
     async def stats(self) -> list[EngineStats]:
         return [one for one in await engine_stats(self._fleet) if one is not None]
+
+    @property
+    def patience_s(self) -> float:
+        """How long answers are gathered for a caller; 0 for a few callers."""
+        return min(_MOST_PATIENCE_S, _PATIENCE_S * self._num_channels) if self._num_channels > _FEW_CHANNELS else 0.0
 
     @property
     def room(self) -> int:

@@ -26,11 +26,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.placement import ClusterSpec, Placement, trainer_options
 from cluster.pool import as_future
 from cluster.turns import Turns
+from engines.files import AnyPath, Url, locate
+from engines.remote_training import train_by_url
 from engines.sft import PROGRESS_FILE, Finetuner
 from engines.simulated_sft import SimulatedFinetuner
-from engines.types import TrainResult, TrainSpec
+from engines.types import TrainResult, TrainSpec, UserError
 
-_POLL_S = 0.5
+_POLL_S, _POLL_URL_S = 0.5, 5.0
 _MAX_CRASHES = 3
 _LAST_WORDS_S = 5.0
 """How long the other processes of a sharded trainer have to say what became of them, once one has failed."""
@@ -63,7 +65,9 @@ class Trainers:
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=_MAX_CRASHES)(TrainerQueue)
         self._queue = remote.remote(shapes, engines, turn_tasks)
 
-    async def train(self, spec: TrainSpec, rows: Path, work: Path, progress: Progress = lambda _: None) -> TrainResult:
+    async def train(
+        self, spec: TrainSpec, rows: AnyPath, work: AnyPath, progress: Progress = lambda _: None
+    ) -> TrainResult:
         """Trains on the Parquet file `rows`; `work` holds checkpoints and, at the end, the adapters.
 
         A trainer whose process dies goes on from its last whole checkpoint; a job of another client in the same `work`
@@ -74,8 +78,8 @@ class Trainers:
         heard = 0
         try:
             while not job.done():
-                await asyncio.wait([job], timeout=_POLL_S)
-                heard = _report_steps(work / PROGRESS_FILE, heard, progress)
+                await asyncio.wait([job], timeout=_POLL_S if isinstance(work, Path) else _POLL_URL_S)
+                heard = await _report_steps(work / PROGRESS_FILE, heard, progress)
             result: TrainResult = job.result()
             return result
         except RayTaskError as error:
@@ -103,12 +107,16 @@ def start_trainers(cluster: ClusterSpec, placement: Placement, engines: Sequence
     return Trainers(shapes, engines if placement.time_shared else (), cluster.turn_tasks)
 
 
-def _report_steps(path: Path, heard: int, progress: Progress) -> int:
+async def _report_steps(path: AnyPath, heard: int, progress: Progress) -> int:
     """Reports the lines after the first `heard`, and returns how many there are now. A line may be half written."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    try:
+        content = path.read_bytes() if isinstance(path, Path) else await asyncio.to_thread(path.read_bytes)
+        lines = content.decode().split("\n")[:-1]
+    except (FileNotFoundError, UserError):  # none yet, or not to be read now
+        lines = []
     for line in lines[heard:]:
         progress(json.loads(line))
-    return len(lines)
+    return max(heard, len(lines))
 
 
 # ---- the queue
@@ -297,6 +305,9 @@ class TrainerActor:
         finetuner = SimulatedFinetuner() if spec.simulated_tokens_per_s else self._finetuner
         assert finetuner is not None
         try:
+            rows_at, work_at = locate(rows), locate(work)
+            if isinstance(rows_at, Url) and isinstance(work_at, Url):
+                return train_by_url(finetuner, spec, rows_at, work_at)
             return finetuner.train(spec, Path(rows), Path(work))
         except Exception as error:
             raise TrainingFailed(str(error) or type(error).__name__) from error

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 
 _IGNORE = -100  # the label that PyTorch's cross-entropy leaves out
 PROGRESS_FILE = "progress.jsonl"
+CHECKPOINT_MARKER = "trainer_state.json"
+"""The last file that a checkpoint gets."""
+Saved = Callable[[Path], None]
 
 
 class Finetuner:
@@ -34,14 +37,15 @@ class Finetuner:
         _quieten()
         self._base = BaseModel()
 
-    def train(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
+    def train(self, spec: TrainSpec, rows: Path, work: Path, saved: Saved = lambda _: None) -> TrainResult:
         """Finetunes `spec.model` on the Parquet file `rows` (columns `input_ids`, `prompt_tokens`).
 
         `work` keeps a checkpoint per epoch; a second call goes on from the last whole one. The adapters (or full
         weights) end up in `work/epoch-N`, and the caller drops `work` once they are safe: optimizer states are most of
-        its bytes. `work/progress.jsonl` has one line per optimizer step. Of several processes, the first one writes.
+        its bytes. `work/progress.jsonl` has one line per optimizer step. Of several processes, the first one writes,
+        and calls `saved` with the folder of each checkpoint.
         """
-        result = _train(self._base, spec, rows, work)
+        result = _train(self._base, spec, rows, work, saved)
         self._base.take_back()
         _forget_job()
         return result
@@ -56,7 +60,7 @@ def train(spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
     return Finetuner().train(spec, rows, work)
 
 
-def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
+def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path, saved: Saved = lambda _: None) -> TrainResult:
     import pyarrow.parquet as pq
 
     began = time.monotonic()
@@ -66,6 +70,7 @@ def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path) -> TrainRes
     steps_per_epoch = math.ceil(len(data) / (spec.batch_size * spec.gradient_accumulation))
     spec = replace(spec, epochs=max(spec.epochs, math.ceil(spec.min_steps / steps_per_epoch)))
     trainer = _build_trainer(base, spec, data, work)
+    trainer.add_callback(_save_callback(saved))
     picked = _pick_canaries(data, spec.canary_rows)
     if spec.keep_epochs:
         trainer.add_callback(_scoring_callback(trainer, picked, work))
@@ -78,7 +83,7 @@ def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path) -> TrainRes
             before = _completion_logprobs(trainer.model, picked)
     completion_tokens = sum(len(row["input_ids"]) - row["prompt_tokens"] for row in data)
     return TrainResult(
-        checkpoints=_export(spec, work) if _is_first() else (),
+        checkpoints=_export(spec, work) if is_first() else (),
         loss_curve=tuple(_loss_curve(trainer.state.log_history)),
         tokens=spec.epochs * sum(len(row["input_ids"]) for row in data),
         completion_tokens=spec.epochs * completion_tokens,
@@ -87,7 +92,7 @@ def _train(base: BaseModel, spec: TrainSpec, rows: Path, work: Path) -> TrainRes
         rows=len(data),
         train_s=time.monotonic() - began,
         canaries=tuple(_canary(r, b, a) for r, b, a in zip(picked, before, after, strict=True)),
-        epoch_logprobs=_epoch_logprobs(work) if spec.keep_epochs and _is_first() else (),
+        epoch_logprobs=_epoch_logprobs(work) if spec.keep_epochs and is_first() else (),
     )
 
 
@@ -95,7 +100,7 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -181,6 +186,17 @@ def _progress_callback(path: Path) -> Any:
     return WriteSteps()
 
 
+def _save_callback(saved: Saved) -> Any:
+    from transformers import TrainerCallback
+
+    class HandOver(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                saved(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return HandOver()
+
+
 def _scoring_callback(trainer: Any, picked: Sequence[dict[str, Any]], work: Path) -> Any:
     """Scores the canaries as each epoch ends, on disk before its checkpoint is: a kill leaves no epoch without."""
     from transformers import TrainerCallback
@@ -208,12 +224,11 @@ def _checkpoints(work: Path) -> list[Path]:
 
 
 def _last_whole_checkpoint(work: Path) -> str | None:
-    """`trainer_state.json` is the last file that a checkpoint gets."""
     for folder in reversed(_checkpoints(work)):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            json.loads((folder / CHECKPOINT_MARKER).read_text())
         except (OSError, ValueError):
-            if _is_first():
+            if is_first():
                 shutil.rmtree(folder)
         else:
             return str(folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.models import weights_digest
-from engines.sft import PROGRESS_FILE
+from engines.sft import PROGRESS_FILE, Saved
 from engines.simulated_answers import score_tokens
 from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 
@@ -25,9 +25,9 @@ from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 class SimulatedFinetuner:
     """Jobs as `engines.sft.Finetuner` does them. The same rows and spec give the same adapter."""
 
-    def train(self, spec: TrainSpec, rows: Path, work: Path) -> TrainResult:
+    def train(self, spec: TrainSpec, rows: Path, work: Path, saved: Saved = lambda _: None) -> TrainResult:
         """Takes as many seconds as the rows' tokens at `spec.simulated_tokens_per_s`. A second call in `work` goes on
-        from the last whole epoch."""
+        from the last whole epoch; nothing is `saved` elsewhere."""
         began = time.monotonic()
         job = _read_job(spec, rows, work)
         done = max(map(_number, work.glob("epoch-*")), default=0)

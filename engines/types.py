@@ -7,9 +7,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol
+from operator import attrgetter
+from typing import Any, Literal, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
+class UserError(Exception):
+    """A mistake that the user can mend. One line: what is wrong, where, and the remedy. Exit code 2."""
+
+
+def travels(kind: type[T]) -> type[T]:
+    """For what is sent by the thousand: pickled as its fields, in half the time of a frozen dataclass's own way."""
+    values = attrgetter(*(one.name for one in fields(kind)))  # type: ignore[arg-type]
+
+    def reduce(self: Any) -> tuple[type[T], tuple[Any, ...]]:
+        return kind, values(self)
+
+    kind.__reduce__ = reduce  # type: ignore[method-assign]
+    return kind
+
+
+@travels
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters of one request. `temperature` 0 is greedy.
@@ -44,6 +63,7 @@ class AdapterRef:
     kind: Literal["lora", "full"] = "lora"
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to sample from. `id` is unique within the caller's run; `prompt_ids` are token ids."""
@@ -54,6 +74,7 @@ class Request:
     adapter: AdapterRef | None = None
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One completion. `logprob` is the sum over its tokens where the request asked for it, else None."""
@@ -64,6 +85,7 @@ class Sample:
     logprob: float | None = None
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Completion:
     """The `n` samples of one request, in the order of their seeds. `cached_tokens` came from the prefix cache."""
@@ -73,6 +95,7 @@ class Completion:
     cached_tokens: int = 0
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """Asks for the log-probability of each token of `completion_ids` after `prefix_ids`."""
@@ -83,6 +106,7 @@ class ScoreRequest:
     adapter: AdapterRef | None = None
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Score:
     """One natural-log probability per completion token."""
@@ -91,6 +115,7 @@ class Score:
     token_logprobs: tuple[float, ...]
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class ChoiceRequest:
     """Asks how likely each of `choices` (token ids, none empty) is to follow `prefix_ids`."""
@@ -106,6 +131,7 @@ class ChoiceRequest:
         return len({ids[0] for ids in self.choices}) == len(self.choices) <= MAX_ONE_PASS
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class ChoiceScores:
     """One natural-log probability per choice: of its first token where one pass was enough, else of all its tokens.
@@ -118,6 +144,7 @@ class ChoiceScores:
     cached_tokens: int = 0
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
     """The row failed, not the engine. `error` is a class of failure, `message` says what happened to this row.
@@ -242,6 +269,8 @@ class EngineSpec:
     block_size: int | None = None
     max_loras: int = 4
     max_lora_rank: int = 16
+    adapter_cache_gib: float = 50.0
+    """What adapters fetched from an object store may take on a node's disk, those in use aside."""
     enforce_eager: bool = False
     seed: int = 0
     per_actor: int = 1

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.adapter_cache import bring_near, touch
 from engines.adapters import BadAdapter, check_adapter, check_weights
 from engines.models import context_length, linear_modules, resolve_model
 from engines.streams import as_finished
@@ -73,7 +74,9 @@ class VllmEngine:
         """Whether requests with this adapter can be sent now; if not, `load_adapter` while nothing is in flight."""
         if ref is None or ref.kind == "full":
             return self._full == ref
-        return self._full is None and ref.digest in self._loras
+        lora = self._loras.get(ref.digest)
+        # vLLM reads an adapter again that it has dropped from its own memory.
+        return self._full is None and lora is not None and touch(Path(lora.lora_path))
 
     async def load_adapter(self, ref: AdapterRef | None) -> None:
         """Makes `ref` (None: the untuned student) servable. Raises `BadAdapter`; the engine survives that."""
@@ -84,6 +87,7 @@ class VllmEngine:
             return
         if self._full is not None:
             await self._load_weights(None)
+        ref = await asyncio.to_thread(bring_near, ref, self._spec.adapter_cache_gib)
         await asyncio.to_thread(check_adapter, ref, self._folder, self._spec.max_lora_rank)
         from vllm.lora.request import LoRARequest
 
@@ -98,9 +102,11 @@ class VllmEngine:
         self._loras[ref.digest] = lora
 
     async def _load_weights(self, ref: AdapterRef | None) -> None:
+        path = str(self._folder)
         if ref is not None:
-            await asyncio.to_thread(check_weights, ref, self._folder)
-        path = str(self._folder) if ref is None else ref.url
+            near = await asyncio.to_thread(bring_near, ref, self._spec.adapter_cache_gib)
+            await asyncio.to_thread(check_weights, near, self._folder)
+            path = near.url
         try:
             await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
             await self._llm.reset_prefix_cache()

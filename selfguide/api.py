@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from cluster.placement import PlacementError, place
+from engines.files import AnyPath, Url, cache_folder, locate
 from engines.models import ModelError, check_whole, model_digest, read_config, resolve_model
 from engines.tokenizer import load_tokenizer
 from engines.types import EngineSpec
@@ -57,7 +58,7 @@ class Session:
 async def run(
     task: Task,
     recipe: Recipe,
-    out: str | Path = "runs",
+    out: str | AnyPath = "runs",
     *,
     force: Sequence[str] = (),
     progress: Progress = lambda task, stage, counts: None,
@@ -71,13 +72,14 @@ async def run(
     Raises `UserError` for what the caller can mend, `TaskFailed` where the task itself comes to no end.
     """
     check_stage_names(force)
-    store = RunStore(Path(out), create=False)
+    out = locate(out)
+    store = RunStore(out, create=False)
     if session is None:
         check_run(idle_run(task, recipe, await asyncio.to_thread(load_student, recipe), store))
-        RunStore(Path(out), command=command)  # a folder that cannot be written is known before engines start
+        RunStore(out, command=command)  # a folder that cannot be written is known before engines start
         async with open_session(recipe, progress) as own:
             return await run(task, recipe, out, force=force, progress=progress, session=own, command=command)
-    task_run = session.task_run(task, RunStore(Path(out), command=command), progress)
+    task_run = session.task_run(task, RunStore(out, command=command), progress)
     check_run(task_run)
     for stage in force:
         task_run.store.retire(stage)
@@ -181,6 +183,7 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
         kv_cache_gib=engine.kv_cache_gib, block_size=engine.block_size, max_loras=0 if full else engine.max_loras,
         max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, per_actor=engine.per_actor,
         tokens_per_s=engine.tokens_per_s, simulation=engine.simulation, faults=engine.faults,
+        adapter_cache_gib=engine.adapter_cache_gib,
     )  # fmt: skip
 
 
@@ -189,6 +192,8 @@ def check_run(run: TaskRun) -> None:
     check_prompts(run.task, run.recipe, run.prompts)
     if not run.is_english and run.recipe.evaluation.gpt2:
         load_gpt2(run.recipe.evaluation.gpt2)
+    if isinstance(run.store.root, Url):
+        return
     stat = os.statvfs(existing(run.store.root))
     if stat.f_bavail * stat.f_frsize < MIN_FREE_BYTES:
         raise UserError(
@@ -215,8 +220,7 @@ def check_stage_names(names: Sequence[str]) -> None:
 
 def _random_model() -> Path:
     """The random-weights Llama, made once per machine, in a process of its own, since it needs torch."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "selfguide" / f"random-llama-{_RANDOM_MODEL_VERSION}"
+    folder = cache_folder() / f"random-llama-{_RANDOM_MODEL_VERSION}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "engines.random_model", str(folder)]

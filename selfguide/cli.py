@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from engines.files import AnyPath
 from selfguide import cli_checks, cli_demo, cli_replicate, cli_search, cli_submit, cli_sweep
 from selfguide.cli_options import (
     AsJson,
@@ -23,6 +24,7 @@ from selfguide.cli_options import (
     ModelPath,
     OutFolder,
     RecipeName,
+    RunFolder,
     TaskFile,
     TaskKind,
     goes_on,
@@ -170,7 +172,7 @@ def ni_v2(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> None:
+def report(folder: RunFolder, as_json: AsJson = False) -> None:
     """Write report.md and report.json from a run folder's files alone, and print the report."""
     _write_report(folder, as_json=as_json)
 
@@ -194,7 +196,7 @@ def recipes(
             typer.echo(f"{recipe:10} {first}")
 
 
-def _write_report(folder: Path, *, as_json: bool) -> None:
+def _write_report(folder: AnyPath, *, as_json: bool) -> None:
     from selfguide.report import write_report
 
     document, markdown = write_report(folder)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from engines.files import locate
+
 TaskFile = Annotated[
     Path, typer.Argument(help="Task file: NI-V2 JSON, or your own JSON or YAML with instruction and examples.")
 ]
@@ -18,8 +20,13 @@ RecipeName = Annotated[
 ]
 ModelPath = Annotated[str, typer.Option("--model", "-m", help="The student: a folder, a hub name, `nano` or `random`.")]
 OutFolder = Annotated[
-    Path, typer.Option("--out", "-o", help="Run folder. The same command again goes on where it ended.")
-]
+    Any,  # Path | Url, of which typer would make a Path
+    typer.Option(
+        "--out", "-o", parser=locate, metavar="FOLDER_OR_URL",
+        help="Run folder, or s3://bucket/folder, gs://bucket/folder. The same command again goes on where it ended.",
+    ),
+]  # fmt: skip
+RunFolder = Annotated[Any, typer.Argument(parser=locate, metavar="FOLDER_OR_URL", help="A run folder.")]
 Changes = Annotated[
     list[str], typer.Option("--set", "-s", help="Change the recipe: --set synthesis.lag=10 (repeatable).")
 ]

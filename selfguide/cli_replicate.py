@@ -23,6 +23,7 @@ from selfguide.cli_options import (
 )
 
 if TYPE_CHECKING:
+    from engines.files import AnyPath
     from selfguide.config import Recipe
     from selfguide.replication import Chosen
 
@@ -64,7 +65,7 @@ def replicate(
         _run(chosen, loaded, out, as_json=as_json)
 
 
-def _estimate(chosen: Chosen, recipe: Recipe, out: Path, assume: list[str], *, as_json: bool) -> None:
+def _estimate(chosen: Chosen, recipe: Recipe, out: AnyPath, assume: list[str], *, as_json: bool) -> None:
     from selfguide.estimate import document_tasks, parse_assumptions, plan_run, show_tasks
 
     assumed = parse_assumptions(assume or ["defaults"])
@@ -75,7 +76,7 @@ def _estimate(chosen: Chosen, recipe: Recipe, out: Path, assume: list[str], *, a
         show_tasks(estimates, out)
 
 
-def _run(chosen: Chosen, recipe: Recipe, out: Path, *, as_json: bool) -> None:
+def _run(chosen: Chosen, recipe: Recipe, out: AnyPath, *, as_json: bool) -> None:
     import asyncio
 
     from selfguide.errors import TaskFailed

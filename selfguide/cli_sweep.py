@@ -22,6 +22,7 @@ from selfguide.cli_options import (
 )
 
 if TYPE_CHECKING:
+    from engines.files import AnyPath
     from selfguide.sweep.plan import Sweep
 
 app = typer.Typer()
@@ -82,7 +83,7 @@ def _tell_left_out(planned: Sweep) -> None:
         stderr_line(f"{len(absent)} tasks of the split are absent and left out: {some}")
 
 
-def _show_plan(planned: Sweep, out: Path, *, retry_failed: bool, as_json: bool) -> None:
+def _show_plan(planned: Sweep, out: AnyPath, *, retry_failed: bool, as_json: bool) -> None:
     """What the command would do, by the outcomes that are there."""
     from selfguide.sweep.session import settled_states
 
@@ -96,7 +97,7 @@ def _show_plan(planned: Sweep, out: Path, *, retry_failed: bool, as_json: bool) 
     )
 
 
-def _write_report(out: Path, *, quiet: bool) -> None:
+def _write_report(out: AnyPath, *, quiet: bool) -> None:
     from selfguide.report import write_report
 
     _, markdown = write_report(out)

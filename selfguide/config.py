@@ -59,6 +59,9 @@ class Engine(Section):
     """Tokens in a block of the prefix cache; empty takes vLLM's own."""
     max_loras: int = Field(default=4, ge=1)
     """Adapters in one step; not used with full weights."""
+    adapter_cache_gib: float = Field(default=50.0, gt=0)
+    """Run folders by URL: what fetched adapters may take on a node's disk, GiB; the oldest go first, those in use
+    stay."""
     per_actor: int = Field(default=1, ge=1)
     """Simulated engines: how many share a process, hundreds on one machine."""
     tokens_per_s: float = Field(default=0.0, ge=0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.transforms import Transforms
+from engines.files import AnyPath
 from selfguide.config import Filters
 from selfguide.errors import TaskFailed
 from selfguide.filters import Context
 from selfguide.records import ACCEPTED, Ledger
-from selfguide.store import Artifact, Stage
+from selfguide.store import Artifact, Stage, write_whole
 from selfguide.taskrun import TaskRun, chosen
 
 VERSION = 2
@@ -21,8 +22,8 @@ VERSION = 2
 class CurationJob:
     """All that a worker needs: files and the chain, no rows."""
 
-    rows: Path
-    kept: Path
+    rows: AnyPath
+    kept: AnyPath
     filters: Filters
     context: Context
     calibrated: bool = False
@@ -63,11 +64,13 @@ def judge_file(job: CurationJob) -> Ledger:
 
     from selfguide.filters.chain import SAMPLES, PairJudge, judge_set
 
-    rows = pl.read_parquet(job.rows).filter(pl.col("state") == ACCEPTED)
+    rows = pl.read_parquet(job.rows.read_bytes()).filter(pl.col("state") == ACCEPTED)
     judge, rows = PairJudge(job.filters, job.context), rows.cast({"samples": SAMPLES})
     pairs = judge.judge_calibrated(rows) if job.calibrated else judge.judge(rows)
     judged = judge_set(pairs, job.filters.sets, job.context).rename({"text": "output"})
-    judged.write_parquet(job.kept)
+    kept = io.BytesIO()
+    judged.write_parquet(kept)
+    write_whole(job.kept, kept.getvalue())
     return Ledger.of(judged.select("state", "filter", "reason").iter_rows(named=True))
 
 

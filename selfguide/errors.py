@@ -1,8 +1,6 @@
 """The two ways in which a run ends without a bug: the user can mend it, or the task itself failed."""
 
-
-class UserError(Exception):
-    """A mistake that the user can mend. One line: what is wrong, where, and the remedy. Exit code 2."""
+from engines.types import UserError as UserError
 
 
 class TaskFailed(Exception):

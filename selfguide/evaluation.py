@@ -234,9 +234,9 @@ class _Evaluation:
         return tuple(dict.fromkeys(instance.references[0] for instance in self._instances))
 
     def _finish(self, proof: dict[str, Any] | None) -> Artifact:
-        rows = self._stage.committed()
+        rows, changed = self._stage.committed(), None
         if self._protocol.labels == "calibrated":
-            rows = self._scored(_calibrated(rows, self._run.task.labels))
+            rows = changed = self._scored(_calibrated(rows, self._run.task.labels))
         ledger = Ledger.of(rows)
         ledger.reconcile(len(self._instances))
         task = self._run.task
@@ -244,7 +244,7 @@ class _Evaluation:
             "scores": mean_scores(rows), "proof": proof, "kind": task.kind, "labels_from": task.labels_from,
             "protocol": self._run.recipe.evaluation.protocol, "split": self._protocol.split,
         }  # fmt: skip
-        return self._stage.finish(rows, SCHEMA, ledger, **facts, **self._stage.tokens())
+        return self._stage.finish(changed, SCHEMA, ledger, **facts, **self._stage.tokens())
 
 
 def rouge_of(run: TaskRun) -> Callable[[str, Sequence[str]], float] | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.trainers import TrainingFailed
+from engines.files import locate, move_folder, remove_folder
 from engines.types import AdapterRef, Canary, TrainResult, TrainSpec
 from selfguide.errors import TaskFailed
 from selfguide.prompts import TooLong
@@ -140,12 +139,12 @@ def _keep_weights(stage: Stage, result: TrainResult) -> None:
     """
     *others, final = _kept(result)
     for name in ("weights", "epochs"):  # of a process that was killed before its marker
-        shutil.rmtree(stage.path / name, ignore_errors=True)
+        remove_folder(stage.path / name)
     if others:
         (stage.path / "epochs").mkdir()
     for epoch, ref in enumerate(others, 1):
-        Path(ref.url).rename(stage.path / "epochs" / str(epoch))
-    Path(final.url).rename(stage.path / "weights")
+        move_folder(locate(ref.url), stage.path / "epochs" / str(epoch))
+    move_folder(locate(final.url), stage.path / "weights")
 
 
 def _kept(result: TrainResult) -> tuple[AdapterRef, ...]:

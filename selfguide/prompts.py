@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ VERSION = 1
 """Part of every fingerprint: raise it when a template or a parser changes."""
 
 _SLOT = "⟪slot⟫"  # where a chat template's text is cut in two; no template writes it
+_MOST_TAILS = 512
+"""Varying parts whose tokens are remembered, oldest forgotten first: some hundred kilobytes for each task."""
 PLAIN_STOPS = ("\n\nInput:", "\nInput:", "\nOutput:")
 
 
@@ -55,6 +58,7 @@ class Prompts:
         self._chat = chat
         self._limit = max_model_len
         self._head_ids: dict[str, list[int]] = {}
+        self._tails: dict[str, array[int]] = {}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -205,7 +209,15 @@ class Prompts:
         if parts.head not in self._head_ids:
             bos = [self._tokenizer.bos_id] if self._tokenizer.bos_id is not None and not self._chat else []
             self._head_ids[parts.head] = bos + self._tokenizer.encode(parts.head)
-        return self._head_ids[parts.head] + self._tokenizer.encode(varying + parts.close)
+        return self._head_ids[parts.head] + list(self._tail_ids(varying + parts.close))
+
+    def _tail_ids(self, text: str) -> array[int]:
+        """Base, controls and tuned student ask with the same texts, and training rows repeat what annotation asked."""
+        if text not in self._tails:
+            if len(self._tails) == _MOST_TAILS:
+                del self._tails[next(iter(self._tails))]
+            self._tails[text] = array("i", self._tokenizer.encode(text))
+        return self._tails[text]
 
     def num_fixed(self, ids: Sequence[int]) -> int:
         """How many of a prompt's first tokens are its fixed part, of those that were rendered here."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.files import AnyPath
 from selfguide.errors import TaskFailed, UserError
 from selfguide.published import PublishedTask, published, published_tasks
 from selfguide.store import RunStore, write_whole
@@ -75,7 +76,7 @@ def _task_files(folder: Path) -> dict[str, Path]:
 async def replicate(
     chosen: Chosen,
     recipe: Recipe,
-    out: Path,
+    out: AnyPath,
     *,
     progress: Progress = lambda task, stage, counts: None,
     say: Callable[[str], None] = lambda text: None,
@@ -115,7 +116,7 @@ def _lost_engines(error: TaskFailed) -> bool:
     return isinstance(error.__cause__, EnginesLost)
 
 
-def _mark(out: Path, chosen: Chosen, failed: Mapping[str, str]) -> None:
+def _mark(out: AnyPath, chosen: Chosen, failed: Mapping[str, str]) -> None:
     """What a report must know and no stage tells. Tasks of an earlier call in the folder stay."""
     known = read_marker(out) or {"tasks": {}, "absent": [], "failed": {}}
     tasks = {**known["tasks"], **{name: task.name for name, task in chosen.tasks.items()}}
@@ -125,7 +126,7 @@ def _mark(out: Path, chosen: Chosen, failed: Mapping[str, str]) -> None:
     write_whole(out / MARKER, json.dumps(content, indent=1).encode())
 
 
-def read_marker(folder: Path) -> dict[str, Any] | None:
+def read_marker(folder: AnyPath) -> dict[str, Any] | None:
     """What `replicate` left in the run folder; None where it is of another kind. Raises `UserError`."""
     path = folder / MARKER
     if not path.is_file():

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.files import AnyPath, locate
 from selfguide.adapterfile import AdapterFile, check_adapter_file, find_measured, measure_adapter, read_adapter_file
 from selfguide.api import idle_run, load_student, open_session
 from selfguide.errors import TaskFailed, UserError
@@ -36,7 +37,7 @@ _TITLES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
 async def evaluate_tasks(
     tasks: Sequence[Task],
     recipe: Recipe,
-    out: str | Path,
+    out: str | AnyPath,
     adapter: str | Path | None = None,
     *,
     progress: Progress = lambda task, stage, counts: None,
@@ -49,14 +50,15 @@ async def evaluate_tasks(
     on where the first one ended; `command` is left in the folder as a note on how. Raises `UserError` for what the
     caller can mend, before anything starts.
     """
-    RunStore(Path(out), create=False)
+    out = locate(out)
+    RunStore(out, create=False)
     if not any(task.instances for task in tasks):
         raise UserError(f"{tasks[0].source}: no task has instances, so nothing can be evaluated; add held-out data")
     file = read_adapter_file(Path(adapter)) if adapter else None
     recipe = _serving(recipe, file)
     student = await asyncio.to_thread(load_student, recipe)
     ref = await asyncio.to_thread(check_adapter_file, file, student) if file else None
-    store = RunStore(Path(out), command=command)
+    store = RunStore(out, command=command)
     idle = [idle_run(task, recipe, student, store) for task in tasks]
     if all(_is_done(run, ref) for run in idle):
         lines = [await _score_task(run, ref) for run in idle]

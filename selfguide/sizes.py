@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.files import AnyPath, Url, cache_folder
 from engines.models import ModelError, context_length, read_config, tensor_shapes
 
 if TYPE_CHECKING:
@@ -111,8 +112,11 @@ def checkpoint_bytes(size: ModelSize, finetuning: Finetuning) -> int:
     return num_checkpoints * trained_params(size, finetuning) * (_SAVED_BYTES + _MOMENTS_BYTES)
 
 
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there: where its disk is."""
+def existing(path: AnyPath) -> Path:
+    """The path itself, or the nearest folder above it that is there: where its disk is. A URL takes room on a node's
+    own disk, for checkpoints and cached adapters."""
+    if isinstance(path, Url):
+        path = cache_folder()
     path = path.absolute()
     return path if path.exists() else existing(path.parent)
 

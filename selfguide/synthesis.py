@@ -330,7 +330,6 @@ class _Synthesis:
         )  # fmt: skip
 
     def _finish(self, surplus: int) -> Artifact:
-        rows = self._stage.committed()
-        ledger = Ledger.of(rows)
+        ledger = Ledger.of(self._rows[: self._judged])
         ledger.reconcile(self._judged)
-        return self._stage.finish(rows, SCHEMA, ledger, surplus=surplus, enough=self._enough, **self._stage.tokens())
+        return self._stage.finish(None, SCHEMA, ledger, surplus=surplus, enough=self._enough, **self._stage.tokens())

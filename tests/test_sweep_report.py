@@ -38,7 +38,7 @@ def sweep(swept: RunStore) -> Json:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """Three tasks, all done."""
-    return write_sweep(tmp_path, 3, rows=8).root
+    return Path(write_sweep(tmp_path, 3, rows=8).root)
 
 
 def group(sweep: Json, scope: str, name: str | None = None, kind: str | None = None) -> Json:

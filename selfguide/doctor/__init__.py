@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.files import AnyPath
 from selfguide.doctor.case import Case, Finding
 from selfguide.doctor.hardware import check_disk, check_hardware, check_locks
 from selfguide.doctor.placing import check_placement, check_ray
@@ -25,8 +25,9 @@ _CHECKS = (check_software, check_hardware, check_student, check_ray, check_place
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
-def examine(recipe: Recipe, out: Path) -> list[Finding]:
-    """Everything in order. Starts no engine, writes nothing, fetches nothing."""
+def examine(recipe: Recipe, out: AnyPath) -> list[Finding]:
+    """Everything in order. Starts no engine and fetches nothing. Where `out` is a URL one small object is written and
+    removed again; else nothing is written."""
     case = Case(recipe, out)
     return [finding for check in _CHECKS for finding in check(case)]
 

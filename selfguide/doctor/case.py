@@ -7,10 +7,10 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from cluster.placement import NodeResources
+from engines.files import AnyPath
 from engines.models import ModelError, find_model
 from selfguide.config import Recipe
 from selfguide.doctor.machine import GPU, Question, version, visible_gpus
@@ -33,6 +33,7 @@ print(json.dumps([dataclasses.asdict(node) for node in nodes]))
 """
 _ASK_TOKENIZER = """
 import json, sys
+from engines.files import AnyPath
 from engines.models import ModelError
 from engines.tokenizer import load_tokenizer
 try:
@@ -60,7 +61,7 @@ class Finding:
 class Case:
     """A recipe on this machine. The slow questions run side by side from the start, and are read where needed."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: AnyPath) -> None:
         self.recipe = recipe
         self.out = out
         self.address = recipe.cluster.address or os.environ.get("RAY_ADDRESS") or None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.placement import needed_cpus
+from engines.files import Url
 from selfguide.doctor.case import Case, Finding
 from selfguide.doctor.machine import memory, num_cores
 from selfguide.errors import UserError
@@ -53,6 +55,8 @@ def check_disk(case: Case) -> Iterator[Finding]:
     place = existing(case.out)
     free = shutil.disk_usage(place).free
     size = case.size
+    if isinstance(case.out, Url):
+        yield _check_store(case.out)
     wanted = MIN_FREE_BYTES + (checkpoint_bytes(size, case.recipe.finetuning) if size else 0)
     found = f"{readable_bytes(free)} free for {case.out}, a run wants {readable_bytes(wanted)}"
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -63,6 +67,20 @@ def check_disk(case: Case) -> Iterator[Finding]:
         yield Finding("disk", "ok", found)
     if not case.address:
         yield from _check_temporary()
+
+
+def _check_store(out: Url) -> Finding:
+    """What a run does to it: list, write, read, remove."""
+    probe = out / f"probe-{uuid.uuid4().hex}"
+    try:
+        out.is_dir()
+        probe.write_bytes(b"selfguide doctor")
+        probe.read_bytes()
+        probe.unlink()
+    except UserError as error:
+        found, _, remedy = str(error).replace(str(probe), str(out)).partition("; ")
+        return Finding("storage", "error", found, remedy)
+    return Finding("storage", "ok", f"{out} can be listed, written, read and removed from")
 
 
 def _check_temporary() -> Iterator[Finding]:

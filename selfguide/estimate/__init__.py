@@ -16,6 +16,7 @@ from selfguide.estimate.plan import Plan, Planner
 from selfguide.estimate.shown import Estimate, document, document_tasks, show_plans, show_tasks
 
 if TYPE_CHECKING:
+    from engines.files import AnyPath
     from selfguide.config import Recipe
     from selfguide.tasks import Task
 
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def plan_run(
-    task: Task, recipe: Recipe, out: Path, force: Iterable[str] = (), assumed: Assumptions | None = None
+    task: Task, recipe: Recipe, out: AnyPath, force: Iterable[str] = (), assumed: Assumptions | None = None
 ) -> Estimate:
     """The stages of `selfguide run` with these arguments, in order; those in `force` count as not done.
 

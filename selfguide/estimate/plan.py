@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from engines.files import folder_bytes
 from selfguide.config import Finetuning
 from selfguide.curation import curation_stage
 from selfguide.estimate.assumed import Assumptions
@@ -264,10 +265,9 @@ def _finished(artifact: Artifact) -> Plan:
     rows = marker["ledger"]["candidates"]
     tokens_in = marker.get("prompt_tokens", marker.get("train", {}).get("tokens", 0))
     tokens_out = marker.get("output_tokens", 0)
-    size = sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file())
     return Plan(
         artifact.stage, "done", artifact.path.name, rows, rows, rows, tokens_in, tokens_in, tokens_out, tokens_out,
-        disk_bytes=size, seconds=marker["seconds"],
+        disk_bytes=folder_bytes(artifact.path), seconds=marker["seconds"],
     )  # fmt: skip
 
 

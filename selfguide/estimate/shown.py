@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from engines.files import AnyPath
 from selfguide.estimate.assumed import Assumptions
 from selfguide.estimate.plan import Plan
 from selfguide.sizes import existing, readable_bytes
@@ -43,7 +43,7 @@ class Estimate:
         return [plan for plan in self.plans if plan.status != "done"]
 
 
-def document(estimate: Estimate, out: Path) -> dict[str, Any]:
+def document(estimate: Estimate, out: AnyPath) -> dict[str, Any]:
     """Every number of every stage, and the sums over what is left."""
     return {
         "out": str(out), "stages": [asdict(plan) for plan in estimate.plans],
@@ -51,7 +51,7 @@ def document(estimate: Estimate, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def document_tasks(estimates: Sequence[Estimate], out: Path) -> dict[str, Any]:
+def document_tasks(estimates: Sequence[Estimate], out: AnyPath) -> dict[str, Any]:
     """The same of each task, and the sums over all."""
     tasks = [
         {"task": one.task, "stages": [asdict(plan) for plan in one.plans], "left": _sums(one.left)} for one in estimates
@@ -101,7 +101,7 @@ def needed_bytes(plans: Sequence[Plan]) -> int:
 # ---- for a person
 
 
-def show_plans(estimate: Estimate, out: Path) -> None:
+def show_plans(estimate: Estimate, out: AnyPath) -> None:
     """A table, what is to be said of its lines, and the sums."""
     heads = ("stage", "status", "rows", "tokens in", "tokens out", "disk", "time")
     notes = [f"{plan.stage}: {note}" for plan in estimate.plans for note in plan.notes]
@@ -111,7 +111,7 @@ def show_plans(estimate: Estimate, out: Path) -> None:
     show(make_table(heads, map(_cells, estimate.plans)), *remarks, *_legend(estimate), left)
 
 
-def show_tasks(estimates: Sequence[Estimate], out: Path) -> None:
+def show_tasks(estimates: Sequence[Estimate], out: AnyPath) -> None:
     """A line for each task with what is left of it, the sum, and what was assumed."""
     heads = ("task", "test rows", "prompt tokens", "output tokens", "trained tokens", "disk", "GPU hours")
     sums = document_tasks(estimates, out)["left"]
@@ -174,7 +174,7 @@ def _time_left(sums: dict[str, Any], estimate: Estimate) -> str:
     return f"time {readable_seconds(sums['seconds'])}{hours}"
 
 
-def _disk(sums: dict[str, Any], out: Path) -> str:
+def _disk(sums: dict[str, Any], out: AnyPath) -> str:
     needed, free = sums["disk_bytes"], sums["free_bytes"]
     said = f"disk {readable_bytes(needed)} at most, {readable_bytes(free)} free for {out}"
     return said + (": too little" if needed > free else "")
@@ -212,5 +212,5 @@ def readable_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _free(out: Path) -> int:
+def _free(out: AnyPath) -> int:
     return shutil.disk_usage(existing(out)).free

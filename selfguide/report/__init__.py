@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from engines.files import AnyPath
 from selfguide.report.collect import collect
 from selfguide.report.markdown import render
 from selfguide.report.sweep import collect_sweep
@@ -18,12 +18,12 @@ from selfguide.report.sweep_reading import is_sweep
 from selfguide.store import write_whole
 
 
-def read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: AnyPath) -> dict[str, Any]:
     """The document of `docs/report.md`. Reads only; raises `UserError` where `folder` is no run folder."""
     return collect_sweep(folder) if is_sweep(folder) else collect(folder)
 
 
-def write_report(folder: Path) -> tuple[dict[str, Any], str]:
+def write_report(folder: AnyPath) -> tuple[dict[str, Any], str]:
     """Writes `report.json`, `report.md` and, for a sweep, `report.html`; returns the document and the Markdown."""
     document = read_report(folder)
     write_whole(folder / "report.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import selfguide
+from engines.files import AnyPath, is_file, is_folder
 from selfguide.errors import UserError
 from selfguide.records import Ledger
 from selfguide.report.conclusion import METRIC_TITLES, conclude
@@ -29,7 +28,7 @@ Artifacts = Mapping[str, Artifact]
 """Finished stages by `stage/fingerprint`."""
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def collect(folder: AnyPath) -> dict[str, Any]:
     """Reads every marker of the run folder, and the shards of what is unfinished."""
     store = open_run(folder)
     tasks = [task for task in map(_collect_task, store.tasks()) if task["stages"] or task["unfinished"]]
@@ -45,10 +44,10 @@ def collect(folder: Path) -> dict[str, Any]:
     return dict(finite(document))
 
 
-def open_run(folder: Path) -> RunStore:
+def open_run(folder: AnyPath) -> RunStore:
     """Raises `UserError` where `folder` is no run folder."""
-    if not os.path.isfile(folder / "run.json"):
-        what = "is no run folder (it has no run.json)" if os.path.isdir(folder) else "there is no such folder"
+    if not is_file(folder / "run.json"):
+        what = "is no run folder (it has no run.json)" if is_folder(folder) else "there is no such folder"
         raise UserError(f"{folder}: {what}; name the --out folder of a `selfguide run`")
     return RunStore(folder, create=False)
 
@@ -241,7 +240,7 @@ def _unfinished(task: TaskStore) -> list[dict[str, Any]]:
     return [_unfinished_stage(path) for path in folders if not (path / "done.json").is_file()]
 
 
-def _unfinished_stage(path: Path) -> dict[str, Any]:
+def _unfinished_stage(path: AnyPath) -> dict[str, Any]:
     stage = Stage(path.parent.name, path, {}, [])
     events, rows = stage.events(), stage.committed()
     checkpoints = stage.work.glob("trainer/checkpoint-*/trainer_state.json")  # the last file that one gets

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from engines.files import AnyPath
 from selfguide.intervals import PRIMARY_METRICS
 from selfguide.published import Figure, PublishedTask, figure_kinds, figures_of, published, published_tasks
 from selfguide.replication import read_marker
@@ -23,7 +23,7 @@ _METRICS = PRIMARY_METRICS["authors"]
 Json = Mapping[str, Any]
 
 
-def collect_replication(folder: Path, tasks: Sequence[Json]) -> dict[str, Any] | None:
+def collect_replication(folder: AnyPath, tasks: Sequence[Json]) -> dict[str, Any] | None:
     """`replication` of `docs/report.md`; None where the folder is none of `selfguide replicate`."""
     marker = read_marker(folder)
     if marker is None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import selfguide
+from engines.files import AnyPath
 from selfguide.report.cells import bounds, points, signed
 from selfguide.report.collect import SCHEMA_VERSION, finite, lift, open_run
 from selfguide.report.conclusion import METRIC_TITLES, sign, title
@@ -29,7 +29,7 @@ _OF_KIND = ("scope", "kind", "metric")
 Json = Mapping[str, Any]
 
 
-def collect_sweep(folder: Path) -> dict[str, Any]:
+def collect_sweep(folder: AnyPath) -> dict[str, Any]:
     """The document of `docs/report.md` for a sweep: `tasks` is empty, `sweep.tasks` has what can be said of so many."""
     store, sweep = open_run(folder), read_sweep(folder)
     seed = sweep.facts["recipe"]["seed"]

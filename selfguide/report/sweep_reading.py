@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engines.files import AnyPath
 from selfguide.errors import UserError
 from selfguide.intervals import resample_columns
 from selfguide.report.collect import Artifacts, id_of, is_intact, methods_of, primary_metric
 from selfguide.report.sweep_significance import sign_flip_p
-from selfguide.store import Artifact, RunStore
+from selfguide.store import Artifact, Journal, RunStore
 
 FORMAT = 1
 """Version of the sweep's files; a newer one is refused."""
@@ -82,11 +81,11 @@ class SweptTask:
         return ours[0].marker["proof"]["status"] if ours else None
 
 
-def is_sweep(folder: Path) -> bool:
+def is_sweep(folder: AnyPath) -> bool:
     return (folder / "sweep" / "sweep.json").is_file()
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: AnyPath) -> Sweep:
     """Raises `UserError` where the list of tasks cannot be read; of the others, torn lines are passed over."""
     path = folder / "sweep" / "sweep.json"
     try:
@@ -103,12 +102,8 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep(facts, outcomes, _read_lines(path.with_name("events.jsonl"), {"event", "time"}))
 
 
-def _read_lines(path: Path, needed: set[str]) -> list[Json]:
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [one for one in found if isinstance(one, dict) and one.keys() >= needed]
+def _read_lines(path: AnyPath, needed: set[str]) -> list[Json]:
+    return [one for one in Journal(path).read() if one.keys() >= needed]
 
 
 def reconcile(tasks: Sequence[SweptTask], listed: Sequence[Json]) -> dict[str, int]:
@@ -178,7 +173,7 @@ def _score(artifacts: Artifacts, methods: Sequence[Json], metric: str, seed: int
 def _read_column(evaluation: Artifact, metric: str) -> Any:
     path = evaluation.rows_path
     try:
-        return pq.ParquetFile(path).read([metric], use_threads=False)[metric].to_numpy()
+        return pq.ParquetFile(pa.BufferReader(path.read_bytes())).read([metric], use_threads=False)[metric].to_numpy()
     except (OSError, pa.ArrowException) as error:
         how = " ".join(str(error).split())[:200]
         remedy = f"move {evaluation.path} away, then run the same command to make it again"

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.pool import EnginesLost, Pool
 from cluster.runners import Hear, Worker
 from cluster.transforms import Transforms
+from engines.files import locate
 from selfguide.errors import TaskFailed, UserError
 from selfguide.store import RunStore, TaskStore
 from selfguide.sweep.jobs import Job, Outcome
@@ -43,7 +43,7 @@ async def open_desk(setting: Setting, hear: Hear) -> AsyncIterator[Worker]:
     """One client of the engines, a student for each model that jobs name, curation of many tasks at once."""
     from selfguide.api import load_student
 
-    pool, store, transforms = Pool(setting.fleet), RunStore(Path(setting.out)), Transforms()
+    pool, store, transforms = Pool(setting.fleet), RunStore(locate(setting.out)), Transforms()
     students = {_speaks(setting.recipe): await asyncio.to_thread(load_student, setting.recipe)}
 
     def task_run(job: Job, task: Task) -> TaskRun:

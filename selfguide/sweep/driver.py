@@ -8,11 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.fleet import engine_stats
 from cluster.runners import Heard, RunnerDied, Runners, open_runners, rss_bytes
+from engines.files import AnyPath
 from selfguide.environment import environment
 from selfguide.errors import TaskFailed, UserError
 from selfguide.store import RunStore
@@ -36,7 +36,7 @@ MOST_TASKS_A_RUNNER = 128
 
 async def run_jobs(
     jobs: Sequence[Job],
-    out: Path,
+    out: AnyPath,
     *,
     session: Session,
     hear: Listen = lambda event: None,
@@ -59,7 +59,7 @@ async def run_jobs(
     return [settled[job.key] for job in jobs]
 
 
-def is_settled(outcome: Outcome | None, out: Path, retry_failed: bool) -> bool:
+def is_settled(outcome: Outcome | None, out: AnyPath, retry_failed: bool) -> bool:
     """Whether a job with this last outcome is not to be carried out (again).
 
     A method whose result has something under `failed` came to an end, but not with all of its parts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ _NO_ROW = {
     "cluster": True,
     "engine": {
         "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_gib", "max_loras", "block_size",
-        "tensor_parallel", "per_actor", "tokens_per_s", "faults",
+        "tensor_parallel", "per_actor", "tokens_per_s", "faults", "adapter_cache_gib",
     },
     "finetuning": {"simulated_tokens_per_s"},
 }  # fmt: skip
@@ -79,12 +79,8 @@ class Outcome:
     ended: float = 0.0
     traceback: str | None = None
 
-    def as_line(self) -> str:
-        return json.dumps(asdict(self))
 
-
-def outcome_of(line: str) -> Outcome:
-    """Raises `ValueError` or `TypeError` where the line is none."""
-    fields = json.loads(line)
+def outcome_of(fields: Mapping[str, Any]) -> Outcome:
+    """Raises `TypeError` where the record is none."""
     known = {name: fields[name] for name in Outcome.__dataclass_fields__ if name in fields}
     return Outcome(**known)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.files import AnyPath
 from selfguide.store import RunStore
 from selfguide.sweep.driver import Listen, is_settled, run_jobs
 from selfguide.sweep.files import SweepFiles
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def sweep_all(
     planned: Sweep,
     recipe: Recipe,
-    out: Path,
+    out: AnyPath,
     *,
     hear: Listen = lambda event: None,
     retry_failed: bool = False,
@@ -31,7 +31,7 @@ def sweep_all(
 
 
 async def _sweep(
-    planned: Sweep, recipe: Recipe, out: Path, hear: Listen, retry_failed: bool, command: Sequence[str]
+    planned: Sweep, recipe: Recipe, out: AnyPath, hear: Listen, retry_failed: bool, command: Sequence[str]
 ) -> list[Outcome]:
     from selfguide.api import open_session
 
@@ -48,7 +48,7 @@ async def _sweep(
         return await run_jobs(planned.jobs, out, session=session, hear=hear, retry_failed=retry_failed)
 
 
-def settled_states(planned: Sweep, out: Path, *, retry_failed: bool = False) -> dict[str, str]:
+def settled_states(planned: Sweep, out: AnyPath, *, retry_failed: bool = False) -> dict[str, str]:
     """By task: "done", "failed", "to do"."""
     known = SweepFiles(RunStore(out, create=False), create=False).outcomes()
     return {
