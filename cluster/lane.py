@@ -92,7 +92,8 @@ class Lane:
         ticket = self.in_flight.pop(wire_id, None)
         if ticket is not None:
             self.sequences -= ticket.sequences
-            self.busy_alone &= any(one.alone for one in self.in_flight.values())
+            if ticket.alone:
+                self.busy_alone = any(one.alone for one in self.in_flight.values())
             if not self.in_flight:
                 self.others, self.clients = 0, 1  # from here on nobody tells
         return ticket

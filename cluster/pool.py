@@ -107,6 +107,7 @@ class Pool:
             host.lanes.append(lane)
             self._lanes.append(lane)
         self._router = Router(self._lanes)
+        self._at: dict[str, Lane] = {}  # where each row in flight is, by its name on the wire
         self._turns: deque[Channel] = deque()
         self._suspects: deque[list[Ticket]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -224,7 +225,9 @@ class Pool:
         for ticket in tickets:
             self._dispatches += 1
             ticket.alone, ticket.begun = alone, False
-            lane.take(ticket, f"{ticket.work.id}#{self._dispatches}")
+            wire_id = f"{ticket.work.id}#{self._dispatches}"
+            lane.take(ticket, wire_id)
+            self._at[wire_id] = lane
         self.counts.dispatched += len(tickets)
         lane.busy_alone |= alone
         rows = [replace(ticket.work, id=ticket.wire_id) for ticket in tickets]
@@ -273,12 +276,11 @@ class Pool:
 
     async def _take(self, host: Host, reply: Reply) -> None:
         by_slot = {lane.slot: lane for lane in host.lanes}
-        names = {wire_id: lane for lane in host.lanes for wire_id in lane.in_flight} if reply.begun else {}
         for wire_id in reply.begun:
-            if wire_id in names:
-                names[wire_id].in_flight[wire_id].begun = True
+            if wire_id in self._at:
+                self._at[wire_id].in_flight[wire_id].begun = True
         for outcome in reply.outcomes:
-            self._settle(host, outcome)
+            self._settle(outcome)
         for slot, ids in reply.lost:
             await self._on_death(by_slot[slot], ids, None)
         for slot, (sequences, clients) in reply.loads.items():
@@ -287,8 +289,9 @@ class Pool:
         if not reply.empty:
             self._schedule_pump()
 
-    def _settle(self, host: Host, outcome: Outcome) -> None:
-        ticket = next((found for lane in host.lanes if (found := lane.drop(outcome.id))), None)
+    def _settle(self, outcome: Outcome) -> None:
+        lane = self._at.pop(outcome.id, None)
+        ticket = lane.drop(outcome.id) if lane else None
         if ticket is None:
             self.counts.stale += 1
             return
@@ -339,7 +342,10 @@ class Pool:
     async def _on_death(self, lane: Lane, wire_ids: Iterable[str], error: RayActorError | None) -> None:
         """What was in flight runs again: where the node went with it as it was, else in halves; and a row that was by
         itself twice is quarantined: once may be a kill that only happened to fall there."""
-        left = [ticket for wire_id in wire_ids if (ticket := lane.drop(wire_id)) and ticket.channel.open]
+        dropped = [ticket for wire_id in wire_ids if (ticket := lane.drop(wire_id))]
+        for ticket in dropped:
+            self._at.pop(ticket.wire_id, None)
+        left = [ticket for ticket in dropped if ticket.channel.open]
         gone = getattr(error, "preempted", False) or (left and await asyncio.to_thread(_is_gone, lane.host.node))
         together: dict[tuple[bool, str], list[Ticket]] = {}
         for ticket in left:  # what runs again together needs the same adapter

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from engines.tokenizer import Tokenizer
 from selfguide.tasks import Example, Task
@@ -57,6 +58,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._chat = chat
         self._limit = max_model_len
+        self._parts: dict[tuple[Any, ...], _Parts] = {}
         self._head_ids: dict[str, list[int]] = {}
         self._tails: dict[str, array[int]] = {}
 
@@ -77,7 +79,7 @@ class Prompts:
         gold = self._task.examples if order is None else [self._task.examples[number] for number in order]
         wanted = len(gold) if num_gold is None else min(num_gold, len(gold))
         for shown in range(wanted, -1, -1):
-            parts = self._answer_parts(gold[:shown])
+            parts = self._fixed(("answer", order and tuple(order), shown), self._answer_parts, gold[:shown])
             ids = self._join(parts, self._varying(text))
             if len(ids) + max_tokens <= self._limit:
                 return Prompt(ids, parts.head + self._varying(text) + parts.close, shown)
@@ -158,7 +160,8 @@ class Prompts:
         drop_order = [(len(gold), count) for count in range(len(synthetic), -1, -1)]
         drop_order += [(count, 0) for count in range(len(gold) - 1, -1, -1)]
         for num_gold, num_synthetic in drop_order:
-            parts = self._input_parts(gold[:num_gold], label is not None)
+            key = ("input", order, num_gold, label is not None)
+            parts = self._fixed(key, self._input_parts, gold[:num_gold], label is not None)
             varying = self._varying_inputs(synthetic[:num_synthetic], label)
             ids = self._join(parts, varying)
             if len(ids) + max_tokens <= self._limit:
@@ -204,6 +207,12 @@ class Prompts:
         return f"{condition}Input: {self._clean(text)}"
 
     # ---- tokens
+
+    def _fixed(self, key: tuple[Any, ...], render: Callable[..., _Parts], *args: Any) -> _Parts:
+        """A prompt's fixed part is rendered once; there are few."""
+        if key not in self._parts:
+            self._parts[key] = render(*args)
+        return self._parts[key]
 
     def _join(self, parts: _Parts, varying: str) -> list[int]:
         if parts.head not in self._head_ids:
