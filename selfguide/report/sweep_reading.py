@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -82,7 +83,9 @@ class SweptTask:
 
 
 def is_sweep(folder: AnyPath) -> bool:
-    return (folder / "sweep" / "sweep.json").is_file()
+    with suppress(OSError):  # a name too long for a file: whoever reads the folder says so
+        return bool((folder / "sweep" / "sweep.json").is_file())
+    return False
 
 
 def read_sweep(folder: AnyPath) -> Sweep:

@@ -169,7 +169,7 @@ class Stage:
         events = [*self._events, {"time": time.time(), "event": "end"}]
         with disk_errors(self.path):
             if rows is None:
-                digest = self._publish_shards(ledger.candidates)
+                digest = self._publish_shards(ledger.candidates, schema)
             elif isinstance(rows, Path | Url):
                 digest = _move_file(rows, target)
             else:
@@ -190,8 +190,12 @@ class Stage:
         self._verified = (last_written(target), artifact)
         return artifact
 
-    def _publish_shards(self, num_rows: int) -> str:
-        """Makes the committed shards the stage's rows; one alone is not written again. Returns their digest."""
+    def _publish_shards(self, num_rows: int, schema: pa.Schema | None) -> str:
+        """Makes the committed shards the stage's rows; one alone is not written again. Returns their digest.
+
+        Shards that were read carry the numbers of Parquet's fields, which the schema has not: without them the file is
+        the same whoever wrote which shard.
+        """
         assert self._held
         shards = list(self._read_shards())
         found = sum(table.num_rows for _, table in shards)
@@ -200,7 +204,8 @@ class Stage:
             [(content, _)] = shards
             self._held.publish(0, content)
         else:
-            content = encode_table(pa.concat_tables([table for _, table in shards]).combine_chunks())
+            tables = [table if schema is None else table.cast(schema) for _, table in shards]
+            content = encode_table(pa.concat_tables(tables).combine_chunks())
             write_whole(self.path / "rows.parquet", content)
         return hashlib.sha256(content).hexdigest()
 
