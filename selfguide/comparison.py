@@ -80,11 +80,12 @@ def differences(comparison: Artifact) -> dict[str, dict[str, Difference]]:
 
 def _score_rows(evaluations: Mapping[str, Artifact], resamples: int, seed: int) -> list[dict[str, Any]]:
     """Every score and every difference is resampled by the same rows: they are drawn once."""
-    predictions = {method: artifact.rows() for method, artifact in evaluations.items()}
+    metrics = [*METRICS, *AUTHORS_METRICS]
+    predictions = {method: artifact.rows(metrics) for method, artifact in evaluations.items()}
     found: list[dict[str, Any]] = []
     columns: dict[tuple[int, str], list[float]] = {}
     for method, rows in predictions.items():
-        for metric in (*METRICS, *AUTHORS_METRICS):
+        for metric in metrics:
             line = {"row": len(found), "method": method, "evaluation": evaluations[method].path.name, "metric": metric}
             values = [row[metric] for row in rows]
             if None not in values:

@@ -38,7 +38,7 @@ class Adapter:
 
 async def finetune(run: TaskRun, kept: Artifact) -> Adapter:
     """Trains on the kept pairs; a killed job goes on from its last epoch. Rows that do not fit are counted."""
-    pairs = [pair for pair in kept.rows() if pair["state"] == ACCEPTED]
+    pairs = [pair for pair in kept.rows(["row", "state", "input", "output"]) if pair["state"] == ACCEPTED]
     sources = [_Source(pair["row"], pair["input"], pair["output"]) for pair in pairs]
     return await _finetune(run, finetuning_stage(run, kept), sources, run.recipe.finetuning.min_rows, "finetuning")
 

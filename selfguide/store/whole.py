@@ -68,22 +68,16 @@ def write_rows(path: AnyPath, rows: Sequence[Mapping[str, Any]], schema: pa.Sche
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """Parquet, zstd-compressed; equal tables are equal bytes. Dictionaries cost few rows more than they save."""
+    """Parquet, zstd-compressed; equal tables are equal bytes. Dictionaries and statistics cost more than they save."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_statistics=False)
     return bytes(sink.getvalue().to_pybytes())
 
 
-def decode_table(content: bytes, path: AnyPath) -> pa.Table:
+def decode_table(content: bytes, path: AnyPath, columns: Sequence[str] | None = None) -> pa.Table:
     """Raises `UserError` where `content`, which is that of `path`, is no whole Parquet file."""
     with _parquet(path):
-        return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-
-
-def count_rows(content: bytes, path: AnyPath) -> int:
-    """As the file's end tells, without decoding it."""
-    with _parquet(path):
-        return int(pq.ParquetFile(pa.BufferReader(content)).metadata.num_rows)
+        return pq.ParquetFile(pa.BufferReader(content)).read(columns=columns, use_threads=False)
 
 
 @contextmanager
