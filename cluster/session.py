@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,8 +31,11 @@ def ray_session(spec: ClusterSpec) -> Iterator[list[NodeResources]]:
     _quieten()
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         _connect(spec)
+        if callable(on_term) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_term)  # Ray's own prints stacks and aborts
         yield _nodes()
     finally:
         ray.shutdown()

@@ -1,12 +1,13 @@
 """The command line: thin verbs. Heavy libraries are imported by the verb that needs them, never by `--help`.
 
-Exit codes: 0 done; 1 the task came to no end; 2 a mistake that the user can mend; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 the task came to no end; 2 a mistake that the user can mend; 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -217,6 +218,7 @@ def main() -> None:
     """The console script: the user's mistakes are one line, bugs keep their traceback."""
     from selfguide.text import printable
 
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # who stops a job does as Ctrl-C does
     try:
         try:
             app()

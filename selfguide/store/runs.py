@@ -62,13 +62,15 @@ class TaskStore:
 
     def __init__(self, root: AnyPath) -> None:
         self.root: Place = root
+        self.made: dict[str, float] = {}
+        """Seconds of each "stage/fingerprint" that was finished through this object, not found done."""
 
     def stage(self, name: str, made_by: Mapping[str, Any], inputs: Sequence[Artifact] = ()) -> Stage:
         """The stage that `made_by` (config, versions, digests) and `inputs` make, new, unfinished or done."""
         lineage = [f"{one.stage}/{one.path.name}" for one in inputs]
         text = json.dumps([name, made_by, [one.digest for one in inputs]], sort_keys=True, default=str)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return Stage(name, self.root / name / fingerprint, dict(made_by), lineage)
+        return Stage(name, self.root / name / fingerprint, dict(made_by), lineage, self.made)
 
     def artifacts(self) -> list[Artifact]:
         """Every finished stage, oldest first."""

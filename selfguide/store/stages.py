@@ -57,12 +57,16 @@ class Artifact:
 class Stage:
     """One stage's folder. Write only inside `with stage.writing():`, which fences off a second writer."""
 
-    def __init__(self, name: str, path: AnyPath, made_by: dict[str, Any], inputs: list[str]) -> None:
+    def __init__(
+        self, name: str, path: AnyPath, made_by: dict[str, Any], inputs: list[str], made: dict[str, float] | None = None
+    ) -> None:
+        """`made` is told the stage's seconds, by "stage/fingerprint", when it is finished through this object."""
         self.name = name
         self.path: Place = path
         self.fingerprint = path.name
         self._made_by = made_by
         self._inputs = inputs
+        self._made = {} if made is None else made
         self._held: DiskWork | ObjectWork | None = None
         self._events: list[dict[str, Any]] = []  # while held: all there are
         self._shards: dict[int, tuple[bytes, pa.Table]] = {}  # while held: what was written or read
@@ -186,6 +190,7 @@ class Stage:
         self._held.check()  # an object store would let this process overwrite its successor's
         write_whole(self.path / "done.json", content)
         self._held.clear()
+        self._made[f"{self.name}/{self.fingerprint}"] = marker["seconds"]
         artifact = Artifact(self.name, self.path, digest, json.loads(content))
         self._verified = (last_written(target), artifact)
         return artifact

@@ -17,7 +17,7 @@ from cluster.runners import Hear, Worker
 from cluster.transforms import Transforms
 from engines.files import locate
 from selfguide.errors import TaskFailed, UserError
-from selfguide.store import RunStore, TaskStore
+from selfguide.store import RunStore
 from selfguide.sweep.jobs import Job, Outcome
 from selfguide.taskrun import TaskRun
 from selfguide.tasks import Task, load_task
@@ -90,19 +90,14 @@ async def carry_out(job: Job, task_run: Callable[[Job, Task], TaskRun]) -> Outco
     except (UserError, EnginesLost) as error:
         return end("stopped", error=type(error).__name__, reason=str(error))
     except TaskFailed as error:
-        return end("failed", error="TaskFailed", reason=str(error), stages=_made_since(run.store, began))
+        return end("failed", error="TaskFailed", reason=str(error), stages=run.store.made)
     except Exception as error:  # a bug in one task's way must not end the other thousand: it is told with its traceback
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         return end("failed", error=type(error).__name__, reason=reason, traceback=traceback.format_exc())
-    return end("done", result=result, stages=_made_since(run.store, began))
+    return end("done", result=result, stages=run.store.made)
 
 
 @cache
 def method_of(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-
-
-def _made_since(store: TaskStore, began: float) -> dict[str, float]:
-    made = (one for one in store.artifacts() if one.marker["finished"] >= began)
-    return {f"{one.stage}/{one.path.name}": one.marker["seconds"] for one in made}
