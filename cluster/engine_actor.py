@@ -28,6 +28,8 @@ from engines.types import EngineDead, EngineSpec, EngineStats, Outcome, Work, nu
 
 _GATHER_S = 0.01
 """How long answers are gathered before they travel: engines finish many rows in one step."""
+_FORGET_S = 300.0
+"""Answers are kept so long for a client that does not fetch them."""
 _WAIT_S = 30.0
 """A `collect` returns after this long with nothing, as a sign of life."""
 
@@ -67,6 +69,7 @@ class _Mailbox:
     def __init__(self, life: str) -> None:
         self.reply = Reply(life)
         self.rung = asyncio.Event()
+        self.asked = time.monotonic()
 
     def take(self) -> Reply:
         self.rung.clear()
@@ -104,6 +107,8 @@ class EngineActor:
 
     async def submit(self, client: str, parcels: Sequence[Parcel]) -> str:
         """Takes rows in; returns the name of this process's life."""
+        for name in [name for name, one in self._mail.items() if time.monotonic() - one.asked > _FORGET_S]:
+            del self._mail[name]  # a client that died without leaving
         mailbox = self._mail.setdefault(client, _Mailbox(self._life))
         for parcel in parcels:
             self._spawn(self._serve(client, mailbox, parcel))
@@ -155,6 +160,7 @@ class EngineActor:
     async def collect(self, client: str) -> Reply:
         """Waits for answers to this client's rows, and gives all that are there."""
         mailbox = self._mail.setdefault(client, _Mailbox(self._life))
+        mailbox.asked = time.monotonic()
         try:
             await asyncio.wait_for(mailbox.rung.wait(), _WAIT_S)
             if not mailbox.reply.begun:

@@ -40,7 +40,8 @@ class Limits(BaseModel):
     canary_s: float = Field(default=60.0, ge=0)
     """How often each engine is asked something whose answer is known; a wrong answer ends it. 0 is never."""
     max_deaths: int = Field(default=40, ge=0)
-    """After this many engine deaths in one run the run stops; the same command resumes it."""
+    """After this many engine deaths, and one more for every thousand rows that were answered, the run stops; the same
+    command resumes it. Nodes that are lost do not count, nor how many engines share a process."""
 
 
 class ClusterSpec(BaseModel):

@@ -36,6 +36,7 @@ TURN_ROWS = 32
 """Rows that a task may send before the others have their turn."""
 _PUMP_S = 0.005
 """Rows that become ready within this time travel together."""
+_ROWS_PER_DEATH = 1000
 _FEW_CHANNELS = 8
 _PATIENCE_S, _MOST_PATIENCE_S = 0.002, 0.2
 """How long a caller's answers are gathered, for each caller, and at most."""
@@ -237,9 +238,9 @@ class Pool:
         try:
             life = await host.actor.submit.remote(self._name, [parcel for _, parcel in packed])
         except RayActorError as error:
-            # Perhaps it died before, and what was in flight has been seen to: only these rows are left.
-            for lane, parcel in packed:
-                await self._on_death(lane, [row.id for row in parcel.rows], error)
+            # Perhaps it died before, and these rows have been seen to with all that was in flight.
+            if any(row.id in self._at for _, parcel in packed for row in parcel.rows):
+                await self._lose(host, error)
             return
         host.life = host.life or life
 
@@ -269,12 +270,12 @@ class Pool:
                 if host.life not in ("", reply.life):  # it died and is back, and nobody was told
                     await self._lose(host, None)
                 host.life = reply.life
-                await self._take(host, reply)
+                self._take(host, reply)
         finally:
             host.collecting = False
             watcher.cancel()
 
-    async def _take(self, host: Host, reply: Reply) -> None:
+    def _take(self, host: Host, reply: Reply) -> None:
         by_slot = {lane.slot: lane for lane in host.lanes}
         for wire_id in reply.begun:
             if wire_id in self._at:
@@ -282,7 +283,8 @@ class Pool:
         for outcome in reply.outcomes:
             self._settle(outcome)
         for slot, ids in reply.lost:
-            await self._on_death(by_slot[slot], ids, None)
+            self._count_death(by_slot[slot].state == "ready")
+            self._on_death(by_slot[slot], ids, gone=False)
         for slot, (sequences, clients) in reply.loads.items():
             lane = by_slot[slot]
             lane.others, lane.clients = max(0, sequences - lane.sequences), max(1, clients)
@@ -334,33 +336,37 @@ class Pool:
     # ---- deaths
 
     async def _lose(self, host: Host, error: RayActorError | None) -> None:
-        """The actor's process is gone, and with it what was in all its engines."""
+        """The actor's process is gone, and with it what was in all its engines: one death, however many they were."""
+        gone = getattr(error, "preempted", False) or await asyncio.to_thread(_is_gone, host.node)
         host.life = ""
+        self._count_death(any(lane.state == "ready" for lane in host.lanes) and not gone)
         for lane in host.lanes:
-            await self._on_death(lane, list(lane.in_flight), error)
+            self._on_death(lane, list(lane.in_flight), gone=gone)
 
-    async def _on_death(self, lane: Lane, wire_ids: Iterable[str], error: RayActorError | None) -> None:
+    def _on_death(self, lane: Lane, wire_ids: Iterable[str], *, gone: bool) -> None:
         """What was in flight runs again: where the node went with it as it was, else in halves; and a row that was by
         itself twice is quarantined: once may be a kill that only happened to fall there."""
         dropped = [ticket for wire_id in wire_ids if (ticket := lane.drop(wire_id))]
-        for ticket in dropped:
-            self._at.pop(ticket.wire_id, None)
-        left = [ticket for ticket in dropped if ticket.channel.open]
-        gone = getattr(error, "preempted", False) or (left and await asyncio.to_thread(_is_gone, lane.host.node))
         together: dict[tuple[bool, str], list[Ticket]] = {}
-        for ticket in left:  # what runs again together needs the same adapter
-            together.setdefault((ticket.alone, ticket.adapter.digest if ticket.adapter else ""), []).append(ticket)
+        for ticket in dropped:  # what runs again together needs the same adapter
+            self._at.pop(ticket.wire_id, None)
+            if ticket.channel.open:
+                key = (ticket.alone, ticket.adapter.digest if ticket.adapter else "")
+                together.setdefault(key, []).append(ticket)
         for (alone, _), tickets in together.items():
             blame = not gone and (not alone or tickets[0].begun)
             self._write_down(lane, tickets, alone=alone, blame=blame)
             self._suspect(lane, tickets, alone, blame=blame)
         if lane.state == "ready":
             lane.state = "down"
-            self.counts.deaths += 1
             self._spawn(self._await_restart(lane))
-        if self.counts.deaths > self._limits.max_deaths:
-            self._fail_all(EnginesLost(f"engines died {self.counts.deaths} times (limits.max_deaths); see their logs"))
         self._schedule_pump()
+
+    def _count_death(self, counts: bool) -> None:
+        """Every thousand rows that were answered make up for one."""
+        self.counts.deaths += counts
+        if self.counts.deaths > self._limits.max_deaths + self.counts.answered // _ROWS_PER_DEATH:
+            self._fail_all(EnginesLost(f"engines died {self.counts.deaths} times (limits.max_deaths); see their logs"))
 
     def _suspect(self, lane: Lane, tickets: list[Ticket], alone: bool, *, blame: bool) -> None:
         if blame and alone and len(tickets) == 1:

@@ -3,5 +3,9 @@
 from engines.types import UserError as UserError
 
 
+class StageBusy(UserError):
+    """Another process is at work in the stage's folder, or has just taken it over."""
+
+
 class TaskFailed(Exception):
     """The task could not be carried to its end (nothing survived the filters, too many rows failed). Exit code 1."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.files import remove_folder
-from selfguide.errors import UserError
+from selfguide.errors import StageBusy
 from selfguide.store.lease import describe_me, heart, lease_alive
 from selfguide.store.whole import Journal, disk_errors, write_whole
 
@@ -38,7 +38,7 @@ class DiskWork:
                 write_whole(self._lease(last + 1), describe_me(), replace=False, sync=False)
             except FileExistsError:
                 message = f"{self._stage}: another process began here at the same moment; run the command again"
-                raise UserError(message) from None
+                raise StageBusy(message) from None
             if last:
                 self._lease(last).unlink(missing_ok=True)
         lease = self._lease(self._epoch)
@@ -51,13 +51,13 @@ class DiskWork:
         lease = self._lease(epoch)
         if lease.is_file() and lease_alive(lease):
             holder = lease.read_text(encoding="utf-8", errors="replace")
-            raise UserError(f"{self._stage}: another process is at work here ({holder}); wait for it or end it")
+            raise StageBusy(f"{self._stage}: another process is at work here ({holder}); wait for it or end it")
         return epoch
 
     def check(self) -> None:
         """Raises `UserError` where another process has taken the stage over. It links its own lease first."""
         if not self._lease(self._epoch).exists() or self._lease(self._epoch + 1).exists():
-            raise UserError(f"{self._stage}: another process has taken this stage over; this one stops")
+            raise StageBusy(f"{self._stage}: another process has taken this stage over; this one stops")
 
     def leave(self) -> None:
         """Gives the lease back; its epoch is not used again."""
@@ -79,7 +79,7 @@ class DiskWork:
         try:
             write_whole(path, content, replace=False)
         except FileExistsError:
-            raise UserError(f"{self._stage}: another process has written {path.name}; this one stops") from None
+            raise StageBusy(f"{self._stage}: another process has written {path.name}; this one stops") from None
 
     def read_shard(self, first_row: int) -> bytes | None:
         with suppress(FileNotFoundError):

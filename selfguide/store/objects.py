@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from engines.files import Url, remove_folder
-from selfguide.errors import UserError
+from selfguide.errors import StageBusy, UserError
 from selfguide.store.lease import describe_me, heart, is_alive
 from selfguide.store.whole import Journal
 
@@ -60,7 +60,7 @@ class ObjectWork:
         for look in range(_LOOKS):
             listing = self._listing()
             if mine not in listing:
-                raise UserError(f"{self._stage}: another process has taken this stage over; this one stops")
+                raise StageBusy(f"{self._stage}: another process has taken this stage over; this one stops")
             others = {
                 name: self._living(name, listing[mine] - at)
                 for name, at in listing.items()
@@ -77,7 +77,7 @@ class ObjectWork:
             if look + 1 < _LOOKS:
                 time.sleep(_PAUSE_S)
         who = holder.decode(errors="replace")
-        raise UserError(f"{self._stage}: another process is at work here ({who}); wait for it or end it")
+        raise StageBusy(f"{self._stage}: another process is at work here ({who}); wait for it or end it")
 
     def _living(self, claim: str, silence_s: float) -> bytes | None:
         """The claim's content where its holder lives. Silence is told by the store's clock alone."""
@@ -97,14 +97,14 @@ class ObjectWork:
         for claim in filter(_is_claim, listing):
             if holder := self._living(claim, time.time() - listing[claim]):
                 who = holder.decode(errors="replace")
-                raise UserError(f"{self._stage}: another process is at work here ({who}); wait for it or end it")
+                raise StageBusy(f"{self._stage}: another process is at work here ({who}); wait for it or end it")
 
     def check(self) -> None:
         """Raises `UserError` where another process has taken the stage over."""
         listing = self._listing()
         epoch = max((_epoch_of(name) for name in listing if not _is_claim(name)), default=0)
         if self._claim.name not in listing or epoch > self._epoch:
-            raise UserError(f"{self._stage}: another process has taken this stage over; this one stops")
+            raise StageBusy(f"{self._stage}: another process has taken this stage over; this one stops")
 
     def _beat(self) -> None:
         self.check()

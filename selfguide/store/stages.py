@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from engines.files import AnyPath, Place, Url
-from selfguide.errors import UserError
+from selfguide.errors import StageBusy, UserError
 from selfguide.records import Ledger
 from selfguide.store.disk import DiskWork
 from selfguide.store.objects import ObjectWork
@@ -97,7 +97,7 @@ class Stage:
         epoch = held.take()
         try:
             if (self.path / "done.json").is_file():
-                raise UserError(f"{self.path}: another process has just finished this stage; run the command again")
+                raise StageBusy(f"{self.path}: another process has just finished this stage; run the command again")
             self._held, self._events, self._shards = held, _known(held.events()), {}
             self.log({"event": "begin", "epoch": epoch})
             yield

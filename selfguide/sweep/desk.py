@@ -16,8 +16,9 @@ from cluster.pool import EnginesLost, Pool
 from cluster.runners import Hear, Worker
 from cluster.transforms import Transforms
 from engines.files import locate
-from selfguide.errors import TaskFailed, UserError
+from selfguide.errors import StageBusy, TaskFailed, UserError
 from selfguide.store import RunStore
+from selfguide.store.lease import SILENT_S
 from selfguide.sweep.jobs import Job, Outcome
 from selfguide.taskrun import TaskRun
 from selfguide.tasks import Task, load_task
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from cluster.fleet import Fleet
     from cluster.trainers import Trainers
     from selfguide.config import Engine, Model, Recipe
+
+
+_BUSY_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ async def carry_out(job: Job, task_run: Callable[[Job, Task], TaskRun]) -> Outco
     except UserError as error:
         return end("failed", error="UserError", reason=str(error))
     try:
-        result = await method_of(job.method)(run, **job.options)
+        result = await _outwait(method_of(job.method), run, job)
     except (UserError, EnginesLost) as error:
         return end("stopped", error=type(error).__name__, reason=str(error))
     except TaskFailed as error:
@@ -95,6 +99,18 @@ async def carry_out(job: Job, task_run: Callable[[Job, Task], TaskRun]) -> Outco
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         return end("failed", error=type(error).__name__, reason=reason, traceback=traceback.format_exc())
     return end("done", result=result, stages=run.store.made)
+
+
+async def _outwait(method: Callable[..., Any], run: TaskRun, job: Job) -> Any:
+    """A runner that died may hold a stage's lease for as long as nobody can be sure of its death."""
+    due = time.monotonic() + SILENT_S + _BUSY_POLL_S
+    while True:
+        try:
+            return await method(run, **job.options)
+        except StageBusy:
+            if time.monotonic() > due:
+                raise
+            await asyncio.sleep(_BUSY_POLL_S)
 
 
 @cache
