@@ -1,9 +1,12 @@
 PYTHON ?= $(or $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done),python3)
 BIN := .venv/bin
 NANO_OUT ?= runs/nano-bench
+NI ?= natural-instructions
+RECIPE ?= default
+OUT ?= runs/sweep
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo nano-bench test check lock clean
+.PHONY: help install demo sweep nano-bench test check lock clean
 # The targets share .venv and the machine's few cores: `make -j` must not run two of them at once.
 .NOTPARALLEL:
 
@@ -15,6 +18,11 @@ install: ## make .venv with the locked packages and selfguide itself (needs Pyth
 
 demo: install ## SELF-GUIDE with the embedded student on four tasks, on a CPU
 	$(BIN)/selfguide demo
+
+sweep: install ## all tasks of NI (a clone of NI-V2) at once; SPLIT, RECIPE, MODEL and OUT choose which, how, and where
+	@test -e $(NI) || { echo "$(NI) is not there: selfguide data ni-v2 $(NI) fetches NI-V2; without it, try" \
+	    "make sweep NI=selfguide/nano/tasks RECIPE=nano"; exit 2; }
+	$(BIN)/selfguide sweep $(NI) --recipe $(RECIPE) --out $(OUT) $(if $(SPLIT),--split $(SPLIT)) $(if $(MODEL),--model $(MODEL))
 
 nano-bench: install ## the embedded student against every control, 18 held-out tasks, 3 seeds: about an hour
 	$(BIN)/python -m benchmarks.nano.measure --set held_out --out $(NANO_OUT)
