@@ -79,15 +79,15 @@ class Berth:
         ref, engine = rows[0].adapter, self._engine
         seat = self._seats.seat(ref.digest) if ref is not None and ref.kind == "lora" else nullcontext()
         try:
-            async with seat, self._inside(ref, alone):
+            async with seat, self._inside(ref, alone) as refused:
                 if engine is not self._engine:
                     raise EngineChanged
+                if refused:
+                    yield [RequestFailed(row.id, "adapter", refused) for row in rows]
+                    return
                 if alone:
                     begun()
                     await asyncio.sleep(_FLUSH_S)
-                if ref is not None and (reason := self._refused.get(ref.digest)):
-                    yield [RequestFailed(row.id, "adapter", reason) for row in rows]
-                    return
                 with self._use.by(sum(map(num_sequences, rows))):
                     async for outcomes in self._run(engine, self._doom, rows):
                         yield outcomes
@@ -96,26 +96,28 @@ class Berth:
             raise
 
     @asynccontextmanager
-    async def _inside(self, ref: AdapterRef | None, alone: bool) -> AsyncIterator[None]:
-        """vLLM has mixed up adapters that were loaded during decoding: they are loaded when nothing is inside, all
-        that anybody waits for at once."""
+    async def _inside(self, ref: AdapterRef | None, alone: bool) -> AsyncIterator[str]:
+        """Yields why the adapter cannot be served; "" where it is. vLLM has mixed up adapters that were loaded during
+        decoding: they are loaded when nothing is inside, all that anybody waits for at once."""
+        missing, name = not self._engine.serves(ref), ref.digest if ref is not None else ""
+        if missing and ref is not None:
+            self._refused.pop(name, None)  # a file that was not there may have come
+            self._wanted[name] = ref
         if alone:
             async with self._gate.alone():
                 await self._load(ref)
-                yield
+                yield self._refused.get(name, "")
             return
-        missing = not self._engine.serves(ref)
-        if missing and ref is not None:
-            self._wanted[ref.digest] = ref
 
         async def prepare() -> None:
             await self._load(ref)
 
         async with self._gate.shared(prepare if missing else None):
-            if not self._engine.serves(ref) and not (ref and ref.digest in self._refused):
+            refused = self._refused.get(name, "")
+            if not self._engine.serves(ref) and not refused:
                 # Other weights were loaded, or the engine died, while this call stood at the door.
                 raise EngineChanged
-            yield
+            yield refused
 
     async def _load(self, ref: AdapterRef | None) -> None:
         if not self._engine.serves(ref):
