@@ -198,6 +198,10 @@ class Driver:
         self.family: list[Process] = []
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 

@@ -214,11 +214,18 @@ def _stdout_is_lost() -> bool:
     return False
 
 
+def _stop(*_: object) -> None:
+    """SIGTERM does as Ctrl-C does, also where that is ignored, as in what a script has put in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
+
+
 def main() -> None:
     """The console script: the user's mistakes are one line, bugs keep their traceback."""
     from selfguide.text import printable
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # who stops a job does as Ctrl-C does
+    signal.signal(signal.SIGTERM, _stop)
     try:
         try:
             app()

@@ -367,7 +367,7 @@ SELFGUIDE = str(Path(sys.executable).with_name("selfguide"))
 
 
 def test_the_command_stops_goes_on_and_then_finds_nothing_to_do(random_student: Path, tmp_path: Path) -> None:
-    """SIGTERM, by which jobs are stopped, does what Ctrl-C does."""
+    """SIGTERM, by which jobs are stopped, does what Ctrl-C does, also where Ctrl-C is ignored, as in jobs."""
     (tmp_path / "tasks").mkdir()
     for name in ("a", "b"):
         write_task(tmp_path / "tasks", name)
@@ -375,7 +375,10 @@ def test_the_command_stops_goes_on_and_then_finds_nothing_to_do(random_student: 
     command = [SELFGUIDE, "sweep", str(tmp_path / "tasks"), "--recipe", "simulated", "--out", str(out), "--json"]
     command += ["--model", str(random_student), "--set", "engine.simulation.start_s=0"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    first = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
     assert first.stdout is not None
     for line in first.stdout:
         if json.loads(line).get("active"):
