@@ -50,7 +50,7 @@ WEIGHTS = {"driver": 1, "runner": 3, "engine": 4, "core": 2, "trainer": 3, "queu
 SETTINGS = {
     "simulated": [
         "cluster.num_engines=8", "engine.per_actor=4", "cluster.num_runners=2", "cluster.num_trainers=2",
-        "cluster.limits.max_deaths=10000", "finetuning.simulated_tokens_per_s=3000", "engine.tokens_per_s=15",
+        "cluster.limits.max_deaths=10000", "finetuning.simulated_tokens_per_s=40000", "engine.tokens_per_s=40",
         "synthesis.num_candidates=80", "evaluation.controls=[]", "evaluation.bootstrap_samples=500",
     ],
     "vllm": ["cluster.num_runners=2", "cluster.limits.max_deaths=10000", "synthesis.target_rows=null",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engines.types import AdapterRef, Work, num_sequences
 
 if TYPE_CHECKING:
-    from cluster.pool import Channel
+    from cluster.channel import Channel
 
 _AHEAD = 1.75
 """An engine's window, in multiples of its slots: while rows that end are on their way, others are there already."""
