@@ -27,7 +27,7 @@ from cluster.fleet import EnginesLost, Fleet, as_future, engine_stats
 from cluster.lane import Host, Lane, Router, Ticket
 from engines.types import Completion, EngineStats, Outcome, RequestFailed, Work, num_prompt_tokens
 
-__all__ = ["Channel", "EnginesLost", "Pool", "as_future"]
+__all__ = ["EnginesLost", "Pool"]
 
 _DEATHS_TO_BLAME = 2
 TURN_ROWS = 32

@@ -18,8 +18,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from cluster.fleet import as_future
 from cluster.placement import ClusterSpec
-from cluster.pool import as_future
 
 Hear = Callable[[str, str, Mapping[str, Any]], None]
 """Takes (job, stage, counts) whenever a job has got on."""

@@ -23,8 +23,8 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.fleet import as_future
 from cluster.placement import ClusterSpec, Placement, trainer_options
-from cluster.pool import as_future
 from cluster.turns import Turns
 from engines.files import AnyPath, Url, locate
 from engines.remote_training import train_by_url

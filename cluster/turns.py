@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
-from cluster.pool import as_future
+from cluster.fleet import as_future
 from engines.types import EngineStats
 
 T = TypeVar("T")

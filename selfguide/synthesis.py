@@ -34,7 +34,7 @@ from selfguide.store import SHARD_ROWS, TOKEN_COUNTS, Artifact, Stage
 from selfguide.taskrun import TaskRun, chosen
 
 if TYPE_CHECKING:
-    from cluster.pool import Channel
+    from cluster.channel import Channel
     from selfguide.config import Sampling as SamplingConfig
 
 VERSION = 2

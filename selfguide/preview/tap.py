@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from engines.types import Outcome, Work
 
 if TYPE_CHECKING:
-    from cluster.pool import Channel, Journal, Pool
+    from cluster.channel import Channel, Journal
+    from cluster.pool import Pool
 
 
 class Tap:
