@@ -128,11 +128,11 @@ class _Pace:
         self._slots = cluster.num_engines * recipe.engine.max_num_seqs
         per_task = min(recipe.synthesis.lag, recipe.synthesis.num_candidates)
         start = math.ceil(1.5 * self._slots / per_task) + 2 * cluster.num_trainers
-        self._most = cluster.tasks_in_flight or max(start, MOST_TASKS_A_RUNNER * cluster.num_runners)
+        self._most = cluster.tasks_in_flight or max(2 * start, MOST_TASKS_A_RUNNER * cluster.num_runners)
         self.limit = min(max(4, start), self._most)
 
     def adapt(self, room: int, runners: Runners) -> int:
-        if runners.num_waiting and runners.num_running >= self.limit and 4 * room > self._slots:
+        if runners.num_waiting and runners.num_running >= self.limit and 20 * room > self._slots:
             self.limit = min(self._most, self.limit + max(1, self.limit // 16))
         return self.limit
 
