@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -225,7 +226,8 @@ def main() -> None:
     """The console script: the user's mistakes are one line, bugs keep their traceback."""
     from selfguide.text import printable
 
-    signal.signal(signal.SIGTERM, _stop)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
         try:
             app()
