@@ -215,10 +215,19 @@ def _stdout_is_lost() -> bool:
     return False
 
 
-def _stop(*_: object) -> None:
-    """SIGTERM does as Ctrl-C does, also where that is ignored, as in what a script has put in the background."""
+def _listen() -> None:
+    """SIGTERM, by which schedulers end jobs, does as Ctrl-C does: it cancels what runs, and leases are given back.
+
+    asyncio sees to that only where Ctrl-C is heard, and what a script or Ray has started may have it ignored.
+    """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(*_: object) -> None:
+    """Once: whoever sends it may send it again while we clear up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.raise_signal(signal.SIGINT)
 
 
@@ -227,7 +236,7 @@ def main() -> None:
     from selfguide.text import printable
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+        _listen()
     try:
         try:
             app()
