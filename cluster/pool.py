@@ -9,6 +9,7 @@ engine, so that only a row that was by itself when its engine died is ever blame
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 import uuid
 from collections import deque
@@ -39,6 +40,7 @@ _FEW_CHANNELS = 8
 _PATIENCE_S, _MOST_PATIENCE_S = 0.002, 0.2
 """How long a caller's answers are gathered, for each caller, and at most."""
 _PING_S = 5.0
+_KNOCK_S = 1.0
 _DEAD_FOR_GOOD = 5
 """So many times in a row Ray says that an actor is dead: it is not only between two lives."""
 
@@ -391,5 +393,15 @@ async def _went_with_its_node(node: str) -> bool:
 
 
 def _is_gone(node: str) -> bool:
-    """Whether the node is no part of the cluster any more."""
-    return bool(node) and not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
+    """Whether the node is no part of the cluster any more. Ray believes in a dead one for many seconds, but its daemon
+    answers no more."""
+    if not node:
+        return False
+    alive = next((one for one in ray.nodes() if one["NodeID"] == node and one["Alive"]), None)
+    if alive is None:
+        return True
+    try:
+        socket.create_connection((alive["NodeManagerAddress"], alive["NodeManagerPort"]), _KNOCK_S).close()
+    except OSError:
+        return True
+    return False
