@@ -112,7 +112,10 @@ class Berth:
         async def prepare() -> None:
             await self._load(ref)
 
-        async with self._gate.shared(prepare if missing else None):
+        def needed() -> bool:
+            return not self._engine.serves(ref) and name not in self._refused
+
+        async with self._gate.shared(prepare if missing else None, needed):
             refused = self._refused.get(name, "")
             if not self._engine.serves(ref) and not refused:
                 # Other weights were loaded, or the engine died, while this call stood at the door.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -15,6 +16,8 @@ from cluster.berth import differs
 from cluster.engine_actor import EngineActor
 from cluster.placement import ClusterSpec, Limits, Placement, engine_options
 from engines.types import EngineSpec, EngineStats
+
+_KNOCK_S = 1.0
 
 
 class EnginesLost(Exception):
@@ -113,3 +116,27 @@ async def engine_stats(fleet: Fleet) -> list[EngineStats | None]:
 async def as_future(reference: Any) -> Any:
     """What a Ray reference stands for, as a coroutine, which `asyncio.wait_for` and `gather` take."""
     return await reference
+
+
+async def went_with_its_node(node: str) -> bool:
+    """Whether it was the node's death; Ray may learn of that a moment later than of the process's."""
+    for delay_s in (0.0, 0.2, 0.3):
+        await asyncio.sleep(delay_s)
+        if await asyncio.to_thread(_is_gone, node):
+            return True
+    return False
+
+
+def _is_gone(node: str) -> bool:
+    """Whether the node is no part of the cluster any more. Ray believes in a dead one for many seconds, but its daemon
+    answers no more."""
+    if not node:
+        return False
+    alive = next((one for one in ray.nodes() if one["NodeID"] == node and one["Alive"]), None)
+    if alive is None:
+        return True
+    try:
+        socket.create_connection((alive["NodeManagerAddress"], alive["NodeManagerPort"]), _KNOCK_S).close()
+    except OSError:
+        return True
+    return False

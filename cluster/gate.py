@@ -18,10 +18,13 @@ class Gate:
         self._empty.set()
 
     @asynccontextmanager
-    async def shared(self, prepare: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[None]:
-        """Inside with others. `prepare` is awaited first, at the door, once nobody is inside any more."""
+    async def shared(
+        self, prepare: Callable[[], Awaitable[None]] | None = None, needed: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[None]:
+        """Inside with others. `prepare` is awaited first, at the door, once nobody is inside any more, unless those
+        who stood at the door before have seen to it: then it is not `needed`."""
         async with self._door:
-            if prepare is not None:
+            if prepare is not None and needed():
                 await self._empty.wait()
                 await prepare()
             self._inside += 1

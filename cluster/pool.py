@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 from cluster.berth import differs
 from cluster.channel import Channel, Journal, PoolCounts
 from cluster.engine_actor import Parcel, Reply
-from cluster.fleet import EnginesLost, Fleet, as_future, engine_stats
+from cluster.fleet import EnginesLost, Fleet, as_future, engine_stats, went_with_its_node
 from cluster.lane import Host, Lane, Router, Ticket
 from engines.types import Completion, EngineStats, Outcome, RequestFailed, Work, num_prompt_tokens
 
@@ -286,7 +286,7 @@ class Pool:
 
     async def _lose(self, host: Host, error: RayActorError | None) -> None:
         """The actor's process is gone, and with it what was in all its engines: one death, however many they were."""
-        gone = getattr(error, "preempted", False) or await _went_with_its_node(host.node)
+        gone = getattr(error, "preempted", False) or await went_with_its_node(host.node)
         host.life = ""
         self._count_death(any(lane.state == "ready" for lane in host.lanes) and not gone)
         for lane in host.lanes:
@@ -379,17 +379,3 @@ def _take_turn(waiting: deque[Ticket], lane: Lane) -> list[Ticket]:
         room -= waiting[0].sequences
         taken.append(waiting.popleft())
     return taken
-
-
-async def _went_with_its_node(node: str) -> bool:
-    """Whether it was the node's death; Ray may learn of that a moment later than of the process's."""
-    for delay_s in (0.0, 0.2, 0.3):
-        await asyncio.sleep(delay_s)
-        if await asyncio.to_thread(_is_gone, node):
-            return True
-    return False
-
-
-def _is_gone(node: str) -> bool:
-    """Whether the node is no part of the cluster any more."""
-    return bool(node) and not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())

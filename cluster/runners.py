@@ -11,7 +11,7 @@ import resource
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ Hear = Callable[[str, str, Mapping[str, Any]], None]
 Desk = Callable[[Any, Hear], AbstractAsyncContextManager["Worker"]]
 """What is passed to the runners: given the setting, it sets up in the runner's process whatever jobs share."""
 
+_ENTER_S = 10.0
 _BLAMED_AFTER = 2
 """Deaths in company before a job runs by itself, and deaths by itself before it is given up."""
 
@@ -232,7 +233,8 @@ class Runners:
             if isinstance(heard, Heard):
                 runner.last = heard
             elif not runner.running:
-                await asyncio.wait_for(self._enter(runner), 60.0)  # it died idle, and nobody else would notice
+                with suppress(TimeoutError):  # it died idle, and nobody else would notice; next time again
+                    await asyncio.wait_for(self._enter(runner), _ENTER_S)
             total.update(runner.past)
             total.update(runner.last.counts if runner.last else {})
         return [heard for heard in found if isinstance(heard, Heard)], total

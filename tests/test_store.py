@@ -479,8 +479,9 @@ def test_a_folder_that_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty and no run folder"):
         RunStore(tmp_path / "mine")
     assert files(tmp_path / "mine") == {"thesis.txt"}
-    with pytest.raises(UserError, match="cannot be used as a run folder"):
-        RunStore(tmp_path / "mine" / "thesis.txt")
+    for create in (True, False):
+        with pytest.raises(UserError, match="cannot be used as a run folder"):
+            RunStore(tmp_path / "mine" / "thesis.txt", create=create)
     (tmp_path / "empty").mkdir()
     RunStore(tmp_path / "empty")
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from engines.files import AnyPath, Place, list_folders, move_folder
@@ -39,8 +40,9 @@ class RunStore:
                         "made it, or another folder"
                     )
                 return
-            if self.root.is_dir() and any(self.root.iterdir()):
-                raise UserError(f"{self.root}: is not empty and no run folder; choose another --out folder")
+            with suppress(FileNotFoundError):
+                if any(self.root.iterdir()):
+                    raise UserError(f"{self.root}: is not empty and no run folder; choose another --out folder")
             if not create:
                 return
             self.root.mkdir(parents=True, exist_ok=True)

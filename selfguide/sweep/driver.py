@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from selfguide.config import Recipe
 
 Listen = Callable[[Mapping[str, Any]], None]
-"""Hears every event as `docs/sweep.md` lists them."""
+"""Hears every event as `docs/report.md` lists them."""
 
 _POLL_S = 1.0
 _TOTALS_S = 10.0
