@@ -218,8 +218,9 @@ def _stdout_is_lost() -> bool:
 def _listen() -> None:
     """SIGTERM, by which schedulers end jobs, does as Ctrl-C does: it cancels what runs, and leases are given back.
 
-    asyncio sees to that only where Ctrl-C is heard, and what a script or Ray has started may have it ignored.
+    asyncio sees to that only where Ctrl-C is heard: a script may have it ignored, and Ray has it blocked for its jobs.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _stop)

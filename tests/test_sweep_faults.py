@@ -6,12 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from benchmarks.kill_drill import content, descendants
 from selfguide.api import Session
@@ -28,12 +26,6 @@ SLOW = {"engine.tokens_per_s": 40, "synthesis.num_candidates": 80, "finetuning.s
 
 async def end_the_process(run: TaskRun) -> None:
     os._exit(9)
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def slow(open_simulated: OpenSimulated) -> AsyncIterator[Session]:
-    async with open_simulated(**{**FEW_ROWS, **SLOW, "cluster.num_engines": 2, "engine.per_actor": 2}) as session:
-        yield session
 
 
 def plan(session: Session, folder: Path, num_tasks: int) -> list[Job]:
@@ -65,16 +57,25 @@ def all_done(outcomes: list[Outcome]) -> None:
     assert [(one.task, one.reason) for one in outcomes if one.state != "done"] == []
 
 
-@pytest.mark.parametrize("title", ["ray::RunnerActor", "ray::EngineActor", "ray::TrainerQueue"])
-async def test_whoever_dies_the_rows_are_those_of_a_calm_sweep(slow: Session, tmp_path: Path, title: str) -> None:
-    jobs = plan(slow, tmp_path, 3)
-    all_done(await run_jobs(jobs, tmp_path / "calm", session=slow))
-    before = set(processes("ray::RunnerActor"))
-    sweep = asyncio.create_task(run_jobs(jobs, tmp_path / "killed", session=slow))
-    await begun(tmp_path / "killed")
-    victims = [pid for pid in processes(title) if pid not in before] or processes(title)[-1:]
-    os.kill(victims[-1], signal.SIGKILL)
-    all_done(await sweep)
+TITLES = ("ray::RunnerActor", "ray::EngineActor", "ray::TrainerActor", "ray::TrainerQueue")
+
+
+@pytest.mark.parametrize("title", TITLES)
+async def test_whoever_dies_the_rows_are_those_of_a_calm_sweep(
+    open_simulated: OpenSimulated, tmp_path: Path, title: str
+) -> None:
+    others = {pid for one in TITLES for pid in processes(one)}  # of tests before
+    changes = {**FEW_ROWS, **SLOW, "cluster.num_engines": 2, "engine.per_actor": 2}
+    async with open_simulated(**changes) as session:
+        jobs = plan(session, tmp_path, 3)
+        sweep = asyncio.create_task(run_jobs(jobs, tmp_path / "killed", session=session))
+        await begun(tmp_path / "killed")
+        while not (ours := [pid for pid in processes(title) if pid not in others]):
+            assert not sweep.done()
+            await asyncio.sleep(0.02)
+        os.kill(ours[0], signal.SIGKILL)
+        all_done(await sweep)
+        all_done(await run_jobs(jobs, tmp_path / "calm", session=session))
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "calm")
 
 
