@@ -20,7 +20,7 @@ from selfguide.taskrun import TaskRun
 from tests.conftest import OpenSimulated
 from tests.test_sweep import FEW_ROWS, write_task
 
-SLOW = {"engine.tokens_per_s": 40, "synthesis.num_candidates": 80, "finetuning.simulated_tokens_per_s": 3e3}
+SLOW = {"engine.tokens_per_s": 40, "synthesis.num_candidates": 80, "finetuning.simulated_tokens_per_s": 3e4}
 """Some seconds a task: time enough to be killed in."""
 
 
