@@ -338,9 +338,14 @@ def committed_rows(folder: Path) -> dict[tuple[Path, int], Row]:
     files = [*shards(folder), *(one.rows_path for one in artifacts(folder))]
     found: dict[tuple[Path, int], Row] = {}
     for file in files:
-        stage = file.parent.parent if file.parent.name == "work" else file.parent
-        found |= {(stage.relative_to(folder), row["row"]): row for row in pq.read_table(file).to_pylist()}
+        found |= rows_in(file, folder)
     return found
+
+
+def rows_in(file: Path, folder: Path) -> dict[tuple[Path, int], Row]:
+    """A shard's rows, or a finished stage's."""
+    stage = (file.parent.parent if file.parent.name == "work" else file.parent).relative_to(folder)
+    return {(stage, row["row"]): row for row in pq.read_table(file).to_pylist()}
 
 
 def final_rows(folder: Path) -> dict[tuple[Path, int], Row]:
@@ -349,7 +354,10 @@ def final_rows(folder: Path) -> dict[tuple[Path, int], Row]:
 
 def compare(run: Path, undisturbed: Path, counts: Counts) -> None:
     """Adds what became of the run's rows to the counts."""
-    ours, theirs = methods(run), methods(undisturbed)
+    compare_task(methods(artifacts(run)), methods(artifacts(undisturbed)), counts)
+
+
+def compare_task(ours: dict[str, Artifact], theirs: dict[str, Artifact], counts: Counts) -> None:
     expected = expected_rows(ours, theirs)
     for name, artifact in ours.items():
         rows = [row["row"] for row in artifact.rows()]
@@ -363,9 +371,8 @@ def compare(run: Path, undisturbed: Path, counts: Counts) -> None:
     counts.same_adapter += adapter_of(ours) == adapter_of(theirs)
 
 
-def methods(folder: Path) -> dict[str, Artifact]:
-    """The artifacts of the one comparison in the folder: stages by name, evaluations by method."""
-    done = artifacts(folder)
+def methods(done: Sequence[Artifact]) -> dict[str, Artifact]:
+    """The artifacts of the one comparison among them: stages by name, evaluations by method."""
     [comparison] = [one for one in done if one.stage == "comparison"]
     by_name = {one.stage: one for one in done if one.stage in ("synthesis", "curation", "finetuning")}
     evaluations = {one.path.name: one for one in done if one.stage == "evaluation"}

@@ -3,12 +3,14 @@
     python -m benchmarks.sweep_drill --engine simulated --kills 200 > sweep_drill.json
     python -m benchmarks.sweep_drill --engine vllm --kills 30 > sweep_drill.json
 
-Laps of `selfguide sweep`, each in a run folder of its own and resumed to its end. Every few seconds a seeded draw takes
-one of its processes and sends it SIGKILL: the driver (then the same command is run again), a runner, an engine's actor,
-vLLM's core, a trainer, or the trainers' queue. What was on the disk at each death of a driver is looked for in the end.
+Laps of `selfguide sweep`, each in a run folder of its own and resumed to its end. At seeded moments while tasks are
+under way a seeded draw names a victim for SIGKILL: the driver (then the same command is run again), a runner, an
+engine's actor, vLLM's core, a trainer, the trainers' queue, or a worker of Ray Data. Rows that are on the disk at a
+kill are copied aside and looked for in the end, as is every process that was ever seen below a driver.
 
-Exits with an error where a row is lost, doubled or changed, a task failed, a row was set aside as poison, or, with
-simulated engines, which answer the same whatever happens, where not every row and adapter is that of the calm sweep.
+Exits with an error where a row is lost, doubled, changed or set aside as poison, a task is not done, the command ends
+by itself before its tasks do, a process is left behind, or, with simulated engines, which answer the same whatever
+happens, where not every row, adapter and comparison is that of the undisturbed sweep.
 """
 
 from __future__ import annotations
@@ -29,207 +31,317 @@ from typing import Any
 
 from benchmarks.kill_drill import (
     REPO,
+    Counts,
     Driver,
+    Process,
     Row,
-    artifacts,
     bury_all,
-    committed_rows,
-    content,
+    compare_task,
     descendants,
     final_rows,
     finish,
+    living,
+    methods,
+    rows_in,
     say,
+    shards,
+    start_of,
 )
 from selfguide.environment import environment
+from selfguide.store import Artifact, RunStore
 
 TITLES = {
-    "runner": "ray::RunnerActor", "engine": "ray::EngineActor", "trainer": "ray::TrainerActor",
-    "queue": "ray::TrainerQueue", "core": "VLLM::EngineCore",
+    "runner": "ray::RunnerActor", "engine": "ray::EngineActor", "core": "VLLM::EngineCore",
+    "trainer": "ray::TrainerActor", "queue": "ray::TrainerQueue", "data": "ray::MapBatches",
 }  # fmt: skip
-WEIGHTS = {"driver": 1, "runner": 3, "engine": 4, "core": 2, "trainer": 3, "queue": 1}
+SHARES = {
+    "simulated": {"driver": 2, "runner": 4, "engine": 4, "trainer": 3, "queue": 1, "data": 2},
+    "vllm": {"driver": 2, "runner": 3, "engine": 3, "core": 3, "trainer": 3, "queue": 1, "data": 1},
+}
+"""Of 16 kills."""
 SETTINGS = {
     "simulated": [
         "cluster.num_engines=8", "engine.per_actor=4", "cluster.num_runners=2", "cluster.num_trainers=2",
-        "cluster.limits.max_deaths=10000", "finetuning.simulated_tokens_per_s=40000", "engine.tokens_per_s=40",
-        "synthesis.num_candidates=80", "evaluation.controls=[]", "evaluation.bootstrap_samples=500",
+        "cluster.tasks_in_flight=8", "cluster.limits.max_deaths=10000", "engine.tokens_per_s=120",
+        "finetuning.simulated_tokens_per_s=80000", "synthesis.num_candidates=128", "synthesis.lag=64",
+        "evaluation.controls=[]", "evaluation.bootstrap_samples=500",
     ],
     "vllm": ["cluster.num_runners=2", "cluster.limits.max_deaths=10000", "synthesis.target_rows=null",
-             "synthesis.num_candidates=80", "evaluation.controls=[]"],
+             "synthesis.num_candidates=128", "evaluation.controls=[]", "evaluation.bootstrap_samples=500"],
 }  # fmt: skip
+EVERY_S = {"simulated": 1.5, "vllm": 20.0}
+NUM_TASKS = {"simulated": 16, "vllm": 5}
+PATIENCE_S = 5.0
+"""So long a victim that is not there now is waited for, before the next one is drawn."""
+MOST_STARTS = 100
+"""Of the command in one lap."""
 
 
 @dataclass
 class Kill:
-    """`after_s` the one before; `num_committed` rows were on the disk when a driver died."""
+    """`at_s` after the command's start in its lap, with so many stages open and rows on the disk; `gone_s` is how long
+    anything that was below the victim outlived it."""
 
+    lap: int
     victim: str
-    after_s: float
-    num_committed: int | None = None
+    at_s: float
+    open: dict[str, int]
+    num_committed: int
+    gone_s: float | None = None
 
 
 @dataclass
-class Counts:
-    """Rows, then tasks, then processes. `compared` are rows of the calm sweep, `equal` those that are the same."""
+class Found(Counts):
+    """What the comparison found, over all laps and tasks."""
 
-    lost: int = 0
-    doubled: int = 0
-    changed: int = 0
     poisoned: int = 0
-    compared: int = 0
-    equal: int = 0
-    adapters: int = 0
-    equal_adapters: int = 0
-    failed_tasks: int = 0
-    left_behind: int = 0
+    same_comparison: int = 0
+    num_starts: int = 0
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def flaws(self) -> int:
+        return self.lost + self.doubled + self.changed + self.poisoned + self.left_behind + len(self.failures)
+
+    @property
+    def whole(self) -> bool:
+        same = self.equal == self.total and self.num_runs == self.same_adapter == self.same_comparison
+        return self.num_runs > 0 and same
 
 
 def main() -> None:
     args = parse_args()
     folder = args.out or Path(tempfile.mkdtemp(prefix="selfguide-drill-"))
-    command = sweep_command(args)
+    tasks = args.tasks or [str(path) for path in example_tasks()[: NUM_TASKS[args.engine]]]
+    command = sweep_command(args.engine, tasks)
     say(f"run folders: {folder}")
     began = time.monotonic()
     finish(Driver(command, folder / "calm"))
     calm_s = round(time.monotonic() - began, 1)
-    say(f"calm: {calm_s} s")
-    kills, counts, draw = list[Kill](), Counts(), random.Random(args.seed)
-    while len(kills) < args.kills:
-        run = folder / f"lap-{len(kills)}"
-        lap(command, run, draw, kills, args, counts)
-        compare(run, folder / "calm", counts)
-        say(f"{len(kills)} kills: {asdict(counts)}")
-    config = {**vars(args), "out": None, "tasks": len(args.tasks), "settings": SETTINGS[args.engine]}
-    by_victim = dict(Counter(kill.victim for kill in kills))
-    result = {"calm_s": calm_s, "seconds": round(time.monotonic() - began, 1), "victims": by_victim, **asdict(counts)}
-    document = {"benchmark": "sweep_drill", "environment": environment(), "config": config, **result}
-    print(json.dumps({**document, "kills": [asdict(kill) for kill in kills]}, indent=1))
-    wrong = counts.lost + counts.doubled + counts.changed + counts.poisoned + counts.failed_tasks + counts.left_behind
-    whole = (counts.equal, counts.equal_adapters) == (counts.compared, counts.adapters)
-    if wrong or (args.engine == "simulated" and not whole):
-        raise SystemExit("the killed sweeps are not what the calm one is; see the counts")
+    say(f"undisturbed: {calm_s} s")
+    drill = Drill(command, args)
+    while len(drill.kills) < args.kills:
+        run = folder / f"lap-{drill.lap}"
+        drill.run_lap(run)
+        compare(run, folder / "calm", drill.found)
+        say(f"{len(drill.kills)} kills: {summary(drill.found)}")
+    drill.found.left_behind = bury_all(list(drill.seen))
+    config = {
+        "engine": args.engine, "kills": args.kills, "tasks": len(tasks), "seed": args.seed, "every_s": args.every_s,
+        "settings": SETTINGS[args.engine],
+    }  # fmt: skip
+    victims = dict(Counter(kill.victim for kill in drill.kills))
+    times = {"undisturbed_s": calm_s, "seconds": round(time.monotonic() - began, 1), "laps": drill.lap}
+    result = {**times, "victims": victims, **summary(drill.found), "kills": [asdict(kill) for kill in drill.kills]}
+    print(json.dumps({"benchmark": "sweep_drill", "environment": environment(), "config": config, **result}, indent=1))
+    if drill.found.flaws or (args.engine == "simulated" and not drill.found.whole):
+        raise SystemExit("the killed sweeps are not what the undisturbed one is; see the counts")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tasks", nargs="*", default=[str(REPO / "selfguide" / "nano" / "tasks")])
-    parser.add_argument("--engine", choices=("simulated", "vllm"), default="simulated")
+    parser.add_argument("tasks", nargs="*", help="task files or folders; by default some that come with the code")
+    parser.add_argument("--engine", choices=tuple(SHARES), default="simulated")
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--every-s", type=float, default=2.0, help="seconds between kills, about")
+    parser.add_argument("--every-s", type=float, help="seconds between kills, about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep the run folders here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.every_s = args.every_s or EVERY_S[args.engine]
+    return args
 
 
-def sweep_command(args: argparse.Namespace) -> list[str]:
-    recipe = "simulated" if args.engine == "simulated" else "smoke"
-    options = [word for change in SETTINGS[args.engine] for word in ("--set", change)]
+def example_tasks() -> list[Path]:
+    """Of the embedded student's world, classification and generation in turn."""
+    files = sorted((REPO / "selfguide" / "nano" / "tasks").glob("*.json"))
+    half = len(files) // 2
+    return [path for pair in zip(files, files[half:], strict=False) for path in pair] + files[2 * half :]
+
+
+def sweep_command(engine: str, tasks: Sequence[str]) -> list[str]:
+    recipe = "simulated" if engine == "simulated" else "smoke"
+    options = [word for change in SETTINGS[engine] for word in ("--set", change)]
     script = str(Path(sys.executable).parent / "selfguide")
-    return [script, "sweep", *args.tasks, "--recipe", recipe, "--model", "random", *options]
+    return [script, "sweep", *tasks, "--recipe", recipe, "--model", "random", *options]
 
 
 # ---- killing
 
 
-def lap(
-    command: Sequence[str], run: Path, draw: random.Random, kills: list[Kill], args: argparse.Namespace, counts: Counts
-) -> None:
-    """One sweep to its end, killed as long as it lasts and kills are left."""
-    seen: dict[tuple[Path, int], Row] = {}
-    driver, dead = Driver(command, run), []
-    last = time.monotonic()
-    while not driver.ended and len(kills) < args.kills:
-        due = last + draw.uniform(0.5, 1.5) * args.every_s
-        while time.monotonic() < due and not driver.ended:
-            time.sleep(0.02)
-        victim = strike(driver, draw)
-        if victim is None:
-            continue
-        now = time.monotonic()
-        kills.append(Kill(victim, round(now - last, 2)))
-        last = now
+class Drill:
+    """The kills so far, who is next, and every process that was seen."""
+
+    def __init__(self, command: Sequence[str], args: argparse.Namespace) -> None:
+        self._command, self._args = command, args
+        self._draw = random.Random(args.seed)
+        self._deck: list[str] = []
+        self.lap = 0
+        self.kills: list[Kill] = []
+        self.seen: set[Process] = set()
+        self.found = Found()
+
+    def run_lap(self, run: Path) -> None:
+        """One sweep to its end, killed as long as it lasts and kills are left."""
+        witness, last_words, starts = Witness(run), "", 0
+        while last_words != "done":
+            starts += 1
+            if starts > MOST_STARTS:
+                raise SystemExit(f"{run}: not at its end after {MOST_STARTS} starts")
+            last_words = self._run_once(Driver(self._command, run), witness)
+            if last_words not in ("done", "killed"):
+                self.found.failures.append(f"{run.name}: {last_words}")
+                say(self.found.failures[-1])
+        self.found.num_starts += starts
+        final = final_rows(run)
+        self.found.num_compared += witness.count
+        self.found.changed += sum(final.get(key) != row for key, row in witness.rows.items())
+        self.lap += 1
+
+    def _run_once(self, driver: Driver, witness: Witness) -> str:
+        """One start of the command: "done", "killed", or what it said last where it ended otherwise."""
+        began, sessions = time.monotonic(), num_sessions(driver.folder)
+        pending: list[tuple[Kill, float, list[Process]]] = []
+        while not driver.ended and len(self.kills) < self._args.kills:
+            victim = self._next_victim()
+            due = time.monotonic() + self._draw.uniform(0, 2 * self._args.every_s)
+            while not driver.ended and (num_sessions(driver.folder) == sessions or time.monotonic() < due):
+                if victim == "driver" and time.monotonic() >= due:
+                    break  # it may also die as it starts
+                self._watch(driver, pending)
+            while not driver.ended and time.monotonic() < due + PATIENCE_S:
+                if targets := self._targets(driver, victim):
+                    break
+                self._watch(driver, pending)
+            else:
+                self._deck.insert(0, victim)
+                continue
+            witness.look()
+            kill = Kill(self.lap, victim, round(time.monotonic() - began, 2), open_stages(driver.folder), witness.count)
+            if victim == "driver":
+                driver.kill("driver")
+                self.seen |= set(driver.family)
+                kill.gone_s = driver.bury()
+                witness.look()
+                self._note(kill)
+                return "killed"
+            if (below := strike(self._draw.choice(targets))) is None:
+                self._deck.append(victim)
+                continue
+            self._note(kill)
+            pending.append((kill, time.monotonic(), below))
+        while not driver.ended:
+            self._watch(driver, pending)
+        return "done" if driver.wait() == 0 else last_line(driver)
+
+    def _next_victim(self) -> str:
+        if not self._deck:
+            self._deck = [name for name, share in SHARES[self._args.engine].items() for _ in range(share)]
+            self._draw.shuffle(self._deck)
+        return self._deck.pop()
+
+    def _targets(self, driver: Driver, victim: str) -> list[int]:
+        family = descendants(driver.pid)
+        self.seen |= {(pid, start_of(pid), line) for pid, line in family.items()}
         if victim == "driver":
-            driver.bury()
-            dead += driver.family
-            found = committed_rows(run)
-            kills[-1].num_committed = len(found)
-            seen = found | seen  # as each was first seen
-            driver = Driver(command, run)
-    finish_lap(driver, counts)
-    final = final_rows(run)
-    counts.changed += sum(final.get(key) != row for key, row in seen.items())
-    counts.left_behind += bury_all(dead)
+            return [driver.pid]
+        return sorted(pid for pid, line in family.items() if line.startswith(TITLES[victim]))
+
+    def _watch(self, driver: Driver, pending: list[tuple[Kill, float, list[Process]]]) -> None:
+        """Looks who is there now, and which of the killed are gone."""
+        self._targets(driver, "driver")
+        for one in list(pending):
+            kill, since, below = one
+            if not living(below):
+                kill.gone_s = round(time.monotonic() - since, 2)
+                pending.remove(one)
+        time.sleep(0.05)
+
+    def _note(self, kill: Kill) -> None:
+        self.kills.append(kill)
+        open_now = " ".join(f"{name}:{count}" for name, count in kill.open.items())
+        say(f"{len(self.kills)}: {kill.victim} after {kill.at_s} s; {kill.num_committed} rows on the disk; {open_now}")
 
 
-def strike(driver: Driver, draw: random.Random) -> str | None:
-    """Kills one process of the sweep once there are runners at work; None where there was nobody to kill."""
-    family = descendants(driver.pid)
-    there = {name: [pid for pid, line in family.items() if line.startswith(title)] for name, title in TITLES.items()}
-    if not there["runner"] or driver.ended:
-        return None
-    names = [name for name in WEIGHTS if name == "driver" or there[name]]
-    victim = draw.choices(names, [WEIGHTS[name] for name in names])[0]
-    if victim == "driver":
-        return victim if driver.kill("driver") else None
+def strike(pid: int) -> list[Process] | None:
+    """Kills the process; returns it and all that was below it, or None where it had ended."""
+    below = [(one, start_of(one), line) for one, line in {pid: "", **descendants(pid)}.items()]
     try:
-        os.kill(draw.choice(sorted(there[victim])), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return None
-    return victim
+    return below
 
 
-def finish_lap(driver: Driver, counts: Counts) -> None:
-    """Failed tasks end the command with 1, and are counted below."""
-    if (code := driver.wait()) not in (0, 1):
-        counts.failures.append(f"{driver.folder.name} ended with {code}")
-        counts.failed_tasks += 1
+class Witness:
+    """Rows as they were when they were first seen on the disk. Each file is written once and read once."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._read: set[Path] = set()
+        self.rows: dict[tuple[Path, int], Row] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def look(self) -> None:
+        done = [marker.with_name("rows.parquet") for marker in self._run.glob("tasks/*/*/*/done.json")]
+        for file in {*shards(self._run), *done} - self._read:
+            try:
+                self.rows = rows_in(file, self._run) | self.rows
+            except FileNotFoundError:
+                continue  # a shard that has just become part of its stage's rows
+            self._read.add(file)
+
+
+def num_sessions(run: Path) -> int:
+    """How often tasks have begun to be dealt in this folder."""
+    events = run / "sweep" / "events.jsonl"
+    return events.read_text().count('"session_began"') if events.is_file() else 0
+
+
+def open_stages(run: Path) -> dict[str, int]:
+    """How many tasks are in each stage."""
+    return dict(sorted(Counter(path.parent.parent.name for path in run.glob("tasks/*/*/*/work")).items()))
+
+
+def last_line(driver: Driver) -> str:
+    lines = [line for line in driver.log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"ended with {driver.wait()}: {lines[-1] if lines else ''}"
 
 
 # ---- comparing
 
 
-def compare(run: Path, calm: Path, counts: Counts) -> None:
-    """Every stage of every task, row by row."""
-    ours, theirs = stages(run), stages(calm)
-    for name, artifact in theirs.items():
-        expected = {row["row"]: content(row) for row in artifact.rows()}
-        counts.compared += len(expected)
-        if name not in ours:
-            counts.lost += len(expected)
-            counts.failures.append(f"{run.name}: {name} is missing")
-            continue
-        rows = ours[name].rows()
-        found = {row["row"]: content(row) for row in rows}
-        counts.lost += len(expected.keys() - found.keys())
-        counts.doubled += len(rows) - len(found)
-        counts.poisoned += sum(row.get("filter") == "poison" for row in rows)
-        counts.equal += sum(found.get(key) == row for key, row in expected.items())
-        if artifact.stage == "finetuning":
-            counts.adapters += 1
-            counts.equal_adapters += digest_of(artifact) == digest_of(ours[name])
-    for line in (run / "sweep" / "outcomes.jsonl").read_text().splitlines():
-        outcome = json.loads(line)
+def compare(run: Path, calm: Path, found: Found) -> None:
+    """Every stage of every task, row by row; and what the sweep says of its tasks."""
+    ours, theirs = by_task(run), by_task(calm)
+    states = {line["task"]: line for line in map(json.loads, (run / "sweep" / "outcomes.jsonl").open())}
+    for task, expected in theirs.items():
+        outcome = states.get(task, {"state": "missing", "reason": None})
         if outcome["state"] != "done":
-            counts.failed_tasks += 1
-            counts.failures.append(f"{run.name}: {outcome['task']}: {outcome['reason']}")
+            found.failures.append(f"{run.name}: {task} is {outcome['state']}: {outcome['reason']}")
+            continue
+        compare_task(methods(ours[task]), methods(expected), found)
+        found.same_comparison += facts(ours[task]) == facts(expected)
+        found.poisoned += sum(one.marker["ledger"]["failed"].get("poison", 0) for one in ours[task])
 
 
-def stages(run: Path) -> dict[str, Any]:
-    """Of simulated engines fingerprints are the same in every run. Real ones may sample otherwise in another batch, and
-    what follows from that has other fingerprints: a stage is then known by its place in the order of its kind."""
-    found: dict[str, Any] = {}
-    order: Counter[str] = Counter()
-    for one in artifacts(run):
-        kind = f"{one.path.parent.parent.name}/{one.stage}"
-        asked = one.marker["made_by"].get("num_gold"), "adapter" in one.marker["made_by"]
-        name = f"{kind}/{asked}" if one.stage == "evaluation" else kind
-        order[name] += 1
-        found[f"{name}/{order[name]}"] = one
-    return found
+def by_task(run: Path) -> dict[str, list[Artifact]]:
+    return {task.root.name: list(task.artifacts()) for task in RunStore(run).tasks()}
 
 
-def digest_of(artifact: Any) -> str:
-    return str(artifact.marker["train"]["checkpoints"][-1]["digest"])
+def facts(done: Sequence[Artifact]) -> dict[str, Any]:
+    """What a comparison says, without its times."""
+    [comparison] = [one for one in done if one.stage == "comparison"]
+    return {name: value for name, value in comparison.marker.items() if name not in ("seconds", "finished")}
+
+
+def summary(found: Found) -> dict[str, Any]:
+    rows = {name: {"equal": found.equal[name], "of": total} for name, total in found.total.items()}
+    agreement = round(100 * sum(found.equal.values()) / max(1, sum(found.total.values())), 3)
+    counts = {name: value for name, value in asdict(found).items() if name not in ("equal", "total")}
+    return {**counts, "agreement_percent": agreement, "rows": rows}
 
 
 if __name__ == "__main__":
