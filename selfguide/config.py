@@ -71,6 +71,11 @@ class Engine(Section):
     faults: Faults = Faults()
     """Simulated engines: what goes wrong (docs/simulation.md)."""
 
+    @property
+    def num_per_actor(self) -> int:
+        """Engines that share an actor, and what it reserves; a real one has its own."""
+        return self.per_actor if self.kind == "simulated" else 1
+
 
 class Sampling(Section):
     """Sampling parameters."""

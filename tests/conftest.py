@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import pytest
 import pytest_asyncio
 
 from cluster.placement import ClusterSpec
+from selfguide import cli
 from selfguide.api import Session, open_session
 from selfguide.config import Recipe
 from selfguide.recipefile import load_recipe
@@ -28,6 +30,13 @@ class OpenSimulated(Protocol):
     """Opens a session of simulated engines: a recipe of its own from `smoke` and dotted changes."""
 
     def __call__(self, **changes: Any) -> AbstractAsyncContextManager[Session]: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pytorch_beside_commands() -> Iterator[None]:
+    """A command that runs in this process must not keep PyTorch from the tests after it."""
+    with patch.object(cli, "spare_pytorch"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from selfguide.sweep import Job, Outcome, run_jobs
 from selfguide.sweep.plan import Sweep, plan_sweep
 from selfguide.taskrun import TaskRun
 from selfguide.tasks import load_task
-from tests.conftest import OpenSimulated
+from tests.conftest import REPO, OpenSimulated
 
 FEW_ROWS = {
     "synthesis.target_rows": None, "synthesis.num_candidates": 12, "evaluation.num_instances": 8,
@@ -401,6 +401,13 @@ def test_the_command_stops_goes_on_and_then_finds_nothing_to_do(random_student: 
     ]
     planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
     assert json.loads(planned.stdout)["tasks"] == {"a": "done", "b": "done"}
+
+
+def test_make_says_where_tasks_come_from_before_anything_is_installed() -> None:
+    command = ["make", "-C", str(REPO), "sweep", "NI=/none", "PYTHON=false"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "\nselfguide data ni-v2 /none fetches NI-V2" in f"\n{done.stdout}"
 
 
 # ---- full weights
