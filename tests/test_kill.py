@@ -15,9 +15,10 @@ from selfguide import api
 from selfguide.api import Session
 from selfguide.store import RunStore, leases
 from selfguide.tasks import load_task
+from tests.conftest import REAL_TRAINING
 
 SENTIMENT = Path(__file__).parent.parent / "selfguide" / "examples" / "sentiment.json"
-SLOW = {"engine.kind": "simulated", "engine.tokens_per_s": 20}
+SLOW = {"engine.kind": "simulated", "engine.tokens_per_s": 20, **REAL_TRAINING}
 ROWS = {"synthesis.target_rows": None, "synthesis.num_candidates": 200}  # as the drill sets them
 KILLS = [
     Kill("synthesis", "actor", delay_s=0.5),

@@ -145,7 +145,7 @@ async def test_a_trainer_that_shares_its_gpu_ends_with_its_job(
 async def test_a_run_that_trains_nothing_starts_no_trainer(
     open_simulated: Callable[..., AbstractAsyncContextManager[Session]],
 ) -> None:
-    async with open_simulated() as session:
+    async with open_simulated(**{"cluster.num_engines": 2}) as session:  # a session of its own
         await session.pool.stats()
         assert not trainers()
 
