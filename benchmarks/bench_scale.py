@@ -1,6 +1,6 @@
 """A whole sweep over hundreds of simulated engines: how much of them it keeps busy, and what the runners cost.
 
-    python benchmarks/bench_scale.py NI_DIR --engines 64 256 > scale.json
+    python -m benchmarks.bench_scale NI_DIR [--quick] --engines 64 256 > scale.json
 
 Each run is `selfguide sweep` in a process of its own with the recipe `simulated`, whose engines answer at a set speed.
 Every number is read from the run folder. The ideal is what no scheduler can beat: all sequences in all slots without a
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from selfguide.environment import environment
+from benchmarks.ratio import emit, ratio
 from selfguide.progress import stderr_line
 from selfguide.recipefile import load_recipe, parse_change
 from selfguide.store import Journal, RunStore
@@ -37,9 +38,18 @@ from selfguide.store import Journal, RunStore
 def main() -> None:
     args = parse_args()
     folder = args.out or Path(tempfile.mkdtemp(prefix="selfguide-scale-"))
-    runs = [measure(args, engines, folder / f"{engines}-engines") for engines in args.engines]
-    config = {**vars(args), "paths": len(args.paths), "out": None}
-    print(json.dumps({"benchmark": "scale", "environment": environment(), "config": config, "runs": runs}, indent=2))
+    runs = [
+        measure(args, engines, folder / f"{engines}-engines-{repeat}")
+        for repeat in range(args.repeats)
+        for engines in args.engines
+    ]
+    if args.out is None:
+        shutil.rmtree(folder)
+    ratios = {
+        f"efficiency_{engines}_engines": ratio([one["efficiency"] for one in runs if one["engines"] == engines])
+        for engines in args.engines
+    }
+    emit("scale", {**vars(args), "paths": len(args.paths), "out": None}, ratios, runs=runs)
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +61,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows-per-s", type=float, default=400.0, help="what all engines together may answer")
     parser.add_argument("--set", action="append", default=[], help="further changes to the recipe")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
-    return parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="16 engines, once")
+    args = parser.parse_args()
+    if args.quick:
+        args.engines, args.repeats = [16], 1
+    return args
 
 
 def changes(args: argparse.Namespace, engines: int) -> list[str]:
