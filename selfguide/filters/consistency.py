@@ -61,7 +61,7 @@ def _medoids(answers: pl.DataFrame) -> pl.DataFrame:
     elected = []
     for (row,), group in answers.group_by("row", maintain_order=True):
         text, votes, share = _medoid(group["text"].to_list())
-        tokens = group["tokens"][group["text"].index_of(text)]
+        tokens = group["tokens"][group["text"].to_list().index(text)]
         elected.append({"row": row, "text": text, "votes": votes, "share": share, "tokens": tokens})
     schema = {"row": pl.Int32, "text": pl.String, "votes": pl.UInt32, "share": pl.Float64, "tokens": pl.Int32}
     return pl.DataFrame(elected, schema=schema)
