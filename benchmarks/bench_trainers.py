@@ -29,7 +29,6 @@ from selfguide.progress import stderr_line
 from selfguide.taskrun import Student
 
 FLOOR = 2.0
-PROMPT_TOKENS, COMPLETION_TOKENS = 80, 20
 TEXT = "the river moved slowly past old stone houses while children counted boats "
 
 
@@ -74,12 +73,12 @@ async def measure(args: argparse.Namespace, student: Student, folder: Path) -> t
     return repeats, digests
 
 
-def write_rows(path: Path, student: Student, count: int) -> Path:
+def write_rows(path: Path, student: Student, count: int, prompt_tokens: int = 80, completion_tokens: int = 20) -> Path:
     """Rows of one length, each a different window of the text."""
-    length = PROMPT_TOKENS + COMPLETION_TOKENS
+    length = prompt_tokens + completion_tokens
     ids = student.tokenizer.encode(TEXT * (1 + (count + length) // 10))
     rows = [ids[i : i + length] for i in range(count)]
-    pq.write_table(pa.table({"input_ids": rows, "prompt_tokens": [PROMPT_TOKENS] * count}), path)
+    pq.write_table(pa.table({"input_ids": rows, "prompt_tokens": [prompt_tokens] * count}), path)
     return path
 
 
