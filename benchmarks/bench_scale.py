@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,15 +34,26 @@ from selfguide.progress import stderr_line
 from selfguide.recipefile import load_recipe, parse_change
 from selfguide.store import Journal, RunStore
 
+FLOORS = {"efficiency": 0.95, "rows_per_runner_cpu_s": 2000.0}
+
 
 def main() -> None:
     args = parse_args()
     folder = args.out or Path(tempfile.mkdtemp(prefix="selfguide-scale-"))
-    runs = [measure(args, engines, folder / f"{engines}-engines") for engines in args.engines]
-    ratios = {}
-    for run in runs:
-        ratios[f"{run['engines']}/efficiency"] = ratio([run["efficiency"]], floor=0.95)
-        ratios[f"{run['engines']}/rows_per_runner_cpu_s"] = ratio([run["rows_per_runner_cpu_s"]], floor=2000)
+    runs = [
+        measure(args, engines, folder / f"{engines}-engines-{repeat}")
+        for repeat in range(args.repeats)
+        for engines in args.engines
+    ]
+    if args.out is None:
+        shutil.rmtree(folder)
+    ratios = {
+        f"{name}_{engines}_engines": ratio([one[name] for one in runs if one["engines"] == engines], floor)
+        for name, floor in FLOORS.items()
+        for engines in args.engines
+    }
+    if args.quick:  # few tasks are mostly ramp and tail
+        ratios = {key: one | {"floor": None} for key, one in ratios.items()}
     emit("scale", {**vars(args), "paths": len(args.paths), "out": None}, ratios, runs=runs)
 
 
@@ -54,7 +66,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows-per-s", type=float, default=1000.0, help="what all engines together may answer")
     parser.add_argument("--set", action="append", default=[], help="further changes to the recipe")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
-    return parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="16 engines, once")
+    args = parser.parse_args()
+    if args.quick:
+        args.engines, args.repeats = [16], 1
+    return args
 
 
 def changes(args: argparse.Namespace, engines: int) -> list[str]:
