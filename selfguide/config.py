@@ -293,7 +293,9 @@ class Recipe(Section):
         if annotation.orders > 1 or annotation.keep_best is not None:
             raise ValueError("annotation.stop_when_decided needs annotation.orders: 1 and no annotation.keep_best")
         if filters.vote.choose != "frequent" or filters.vote.min_share > 0.5:
-            raise ValueError("annotation.stop_when_decided needs a vote with choose: frequent and a min_share up to 0.5")
+            raise ValueError(
+                "annotation.stop_when_decided needs a vote with choose: frequent and a min_share up to 0.5"
+            )
         return filters
 
     @field_validator("finetuning")

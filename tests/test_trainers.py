@@ -91,9 +91,9 @@ async def test_the_nth_adapter_of_a_warm_trainer_is_that_of_a_fresh_process(
         gradient_checkpointing=True, weight_decay=0.1,
     )  # fmt: skip
     full = replace(spec, method="full", epochs=1)
-    with open_process(jobs=1) as fresh_ones:
+    with open_process(jobs=1, at_once=2) as fresh_ones:
         jobs = [(one, rows, make_work(tmp_path / f"fresh-{i}")) for i, one in enumerate((spec, other, full))]
-        fresh = [learnt(fresh_ones.submit(train, *job).result()) for job in jobs]
+        fresh = [learnt(one.result()) for one in [fresh_ones.submit(train, *job) for job in jobs]]
     wanted = dict(zip((spec, other, full), fresh, strict=True))
     async with open_trainers() as warm:
         for i, one in enumerate((spec, other, spec, full, other, spec)):
