@@ -263,7 +263,7 @@ def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
         "model": str(folder), "dtype": spec.dtype, "tensor_parallel_size": spec.tensor_parallel,
         "max_model_len": spec.max_model_len, "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens, "enforce_eager": spec.enforce_eager,
-        "seed": spec.seed, "trust_remote_code": False, "load_format": "safetensors", "enable_prefix_caching": True,
+        "seed": spec.seed, "trust_remote_code": False, "load_format": spec.load_format, "enable_prefix_caching": True,
         "use_tqdm_on_load": False, "disable_log_stats": False,
     }  # fmt: skip
     if spec.block_size:
