@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -66,15 +67,11 @@ Timings = dict[tuple[str, str, int], Timing]
 
 def main() -> None:
     args = parse_args()
-    with tempfile.TemporaryDirectory(prefix="selfguide-pool-") as folder:
+    names = [*args.workloads, *([UNSEEDED] if "short" in args.workloads else [])]
+    with tempfile.TemporaryDirectory(prefix="selfguide-pool-") as folder, ExitStack() as ends:
         setup = make_setup(args, Path(folder))
-        names = [*args.workloads, *([UNSEEDED] if "short" in args.workloads else [])]
-        contestants = [Contestant(name, setup) for name in CONTESTANTS]
-        try:
-            timings, waits = measure(contestants, names, args.repeats, args.wait_s)
-        finally:
-            for one in contestants:
-                one.close()
+        contestants = [ends.enter_context(closing(Contestant(name, setup))) for name in CONTESTANTS]
+        timings, waits = measure(contestants, names, args.repeats, args.wait_s)
         block_size = contestants[-1].facts["block_size"]
         hits = {
             name: attainable_hits(setup.drawer.rows(name, 0), block_size) for name in args.workloads
@@ -87,7 +84,8 @@ def main() -> None:
         agreement={name: agreement(timings, name, args.repeats) for name in names},
         seeds=price_of_seeds(timings, args.repeats) if UNSEEDED in names else None,
         driver_peak_bytes=max(t.peak_bytes for (_, who, _), t in timings.items() if who == "pool"),
-        waited_s=spread(waits), seconds=seconds(timings, names, args.repeats),
+        waited_s=spread(waits), num_noisy=sum(wait >= args.wait_s for wait in waits),
+        seconds=seconds(timings, names, args.repeats),
     )  # fmt: skip
 
 

@@ -108,7 +108,11 @@ class Contestant:
         self._process = context.Process(target=serve, args=(theirs, name, setup))
         self._process.start()
         theirs.close()
-        self.facts: dict[str, Any] = self._pipe.recv()
+        try:
+            self.facts: dict[str, Any] = self._pipe.recv()
+        except BaseException:
+            self.close()
+            raise
 
     def time(self, workload: str, repeat: int) -> Timing:
         self._pipe.send((workload, repeat))
@@ -120,7 +124,7 @@ class Contestant:
             self._pipe.send(None)
         self._process.join(60)
         if self._process.is_alive():
-            self._process.kill()
+            self._process.terminate()
 
 
 def serve(pipe: Any, name: str, setup: Setup) -> None:
