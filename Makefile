@@ -4,9 +4,13 @@ NANO_OUT ?= runs/nano-bench
 NI ?= natural-instructions
 RECIPE ?= default
 OUT ?= runs/sweep
+BENCH_OUT ?= runs/bench
+BENCH_MODEL ?= runs/dummy-7b
+BENCH = $(BIN)/python -m benchmarks.suite
+BENCH_FLAGS = --out $(BENCH_OUT) $(if $(ONLY),--only $(ONLY)) $(if $(wildcard $(NI)),--ni $(NI))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep nano-bench test check lock clean
+.PHONY: help install demo sweep nano-bench bench bench-gpu bench-check test check lock clean
 # The targets share .venv and the machine's few cores: `make -j` must not run two of them at once.
 .NOTPARALLEL:
 
@@ -19,14 +23,25 @@ install: ## make .venv with the locked packages and selfguide itself (needs Pyth
 demo: install ## SELF-GUIDE with the embedded student on four tasks, on a CPU
 	$(BIN)/selfguide demo
 
-sweep: install ## all tasks of NI (a clone of NI-V2) at once; SPLIT, RECIPE, MODEL and OUT choose which, how, and where
-	@test -e $(NI) || { echo "$(NI) is not there: selfguide data ni-v2 $(NI) fetches NI-V2; without it, try" \
+sweep: ## all tasks of NI (a clone of NI-V2) at once; SPLIT, RECIPE, MODEL and OUT choose which, how, and where
+	@test -e $(NI) || { echo "selfguide data ni-v2 $(NI) fetches NI-V2 to where it is looked for; without it, try" \
 	    "make sweep NI=selfguide/nano/tasks RECIPE=nano"; exit 2; }
+	@$(MAKE) --no-print-directory install
 	$(BIN)/selfguide sweep $(NI) --recipe $(RECIPE) --out $(OUT) $(if $(SPLIT),--split $(SPLIT)) $(if $(MODEL),--model $(MODEL))
 
 nano-bench: install ## the embedded student against every control, 18 held-out tasks, 3 seeds: about an hour
 	$(BIN)/python -m benchmarks.nano.measure --set held_out --out $(NANO_OUT)
 	$(BIN)/python -m benchmarks.nano.report $(NANO_OUT)
+
+bench: install ## all benchmarks at quick sizes, a JSON for each into BENCH_OUT; ONLY names some, SIZE=full takes hours
+	$(BENCH) run --size $(or $(SIZE),quick) $(BENCH_FLAGS)
+
+bench-gpu: ## the same with a 7B-class student of random weights and 4,000-token contexts; BIN is a GPU environment's
+	test -e $(BENCH_MODEL)/config.json || $(BIN)/python -m benchmarks.dummy_model $(BENCH_MODEL)
+	$(BENCH) run --size gpu --model $(BENCH_MODEL) $(BENCH_FLAGS)
+
+bench-check: install ## name each ratio in BENCH_OUT that is out of its bounds, or fell below this hardware's baseline
+	$(BENCH) check --out $(BENCH_OUT)
 
 test: install ## run all tests
 	$(BIN)/python -m pytest -q

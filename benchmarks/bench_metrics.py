@@ -1,33 +1,29 @@
 """ROUGE-L of this project against the rouge-score package: equal on every pair, and how many times faster.
 
-    python benchmarks/bench_metrics.py NI_DIR > metrics.json
+    python -m benchmarks.bench_metrics [NI_DIR] [--quick] > metrics.json
 
-NI_DIR is a clone of natural-instructions. Pairs are real references with the kinds of answer that a model
-gives: another instance's reference, the reference with words dropped, swapped and added, a wordy one, the
-input, the exact answer, nothing, symbols. All languages are compared; the timing is over tasks with English
-output, as the metric is. Stems are cached, so two speeds are given: of the first rows that a process scores,
+NI_DIR is a clone of natural-instructions; without it, the embedded student's tasks. Pairs are real references with the
+kinds of answer that a model gives: another instance's reference, the reference with words dropped, swapped and added, a
+wordy one, the input, the exact answer, nothing, symbols. All languages are compared; the timing is over tasks with
+English output, as the metric is. Stems are cached, so two speeds are given: of the first rows that a process scores,
 and after it has scored others. CPU time, interleaved. Exits with an error if any score differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from benchmarks.ratio import emit, ratio, spread
 from selfguide import metrics
+from selfguide.nano import TASKS
+from selfguide.progress import stderr_line
 from selfguide.tasks import Instance, Task, find_tasks, load_task
 
 Pair = tuple[str, tuple[str, ...]]
@@ -37,6 +33,7 @@ KINDS = {"other": 35, "edited": 35, "wordy": 10, "input": 10, "exact": 5, "edge"
 EDGES = ("", " ", "?!", "25", "5", "İstanbul ﬁne ①", "हाँ", "日本語 answer", "a_b-c's", "\n\n", "y" * 600)
 MAX_WORDS = 300
 CHUNK_ROWS = 1000
+FLOOR = 10.0
 
 
 def main() -> None:
@@ -44,38 +41,39 @@ def main() -> None:
     tasks = [load_task(path) for path in find_tasks([args.ni_dir])]
     pairs = draw_pairs(tasks, args.pairs, args.seed)
     num_different = compare(pairs)
+    stderr_line(f"{num_different} of {len(pairs):,} scores differ from rouge-score")
     english = [task for task in tasks if task.output_language == "English"]
     timed = draw_pairs(english, args.timed_pairs, args.seed + 1)
     seconds = measure(timed, pairs, args.repeats)
-    result = {
-        "benchmark": "metrics",
-        "environment": describe_environment(),
-        "config": {**vars(args), "ni_dir": args.ni_dir.name, "kinds": KINDS, "num_tasks": len(tasks)},
-        "num_compared": len(pairs),
-        "num_different": num_different,
-        "microseconds_per_row": {
-            name: summarize([1e6 * s / len(timed) for s in values]) for name, values in seconds.items()
-        },
-        "times_faster": {
-            name: summarize([slow / fast for slow, fast in zip(seconds["rouge_score"], values, strict=True)])
-            for name, values in seconds.items()
-            if name != "rouge_score"
-        },
+    slow = seconds["rouge_score"]
+    ratios = {
+        name: ratio([their_s / our_s for their_s, our_s in zip(slow, values, strict=True)], floor=FLOOR)
+        for name, values in seconds.items()
+        if values is not slow
     }
-    print(json.dumps(result, indent=2))
-    report(result)
+    config = {**vars(args), "ni_dir": args.ni_dir.name, "kinds": KINDS, "num_tasks": len(tasks)}
+    each = {name: spread([1e6 * one / len(timed) for one in values]) for name, values in seconds.items()}
+    versions = {name: version(name) for name in ("rapidfuzz", "nltk", "rouge-score")}
+    emit(
+        "metrics", config, ratios, versions=versions, num_compared=len(pairs), num_different=num_different,
+        microseconds_per_row=each,
+    )  # fmt: skip
     if num_different:
         raise SystemExit(f"{num_different} of {len(pairs)} scores differ from rouge-score")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("ni_dir", type=Path, help="a clone of natural-instructions")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ni_dir", type=Path, nargs="?", default=TASKS, help="a clone of natural-instructions")
     parser.add_argument("--pairs", type=int, default=100_000, help="pairs that are compared")
     parser.add_argument("--timed-pairs", type=int, default=100_000, help="pairs that are timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="10,000 pairs")
+    args = parser.parse_args()
+    if args.quick:
+        args.pairs = args.timed_pairs = 10_000
+    return args
 
 
 def draw_pairs(tasks: Sequence[Task], num: int, seed: int) -> list[Pair]:
@@ -173,35 +171,6 @@ def time_in_turn(contestants: Mapping[str, Contestant], pairs: Sequence[Pair]) -
             run(pairs[start : start + CHUNK_ROWS])
             seconds[name] += time.process_time() - began
     return seconds
-
-
-def summarize(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def describe_environment() -> dict[str, Any]:
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        **{name: version(name) for name in ("rapidfuzz", "nltk", "rouge-score")},
-    }
-
-
-def report(result: dict[str, Any]) -> None:
-    lines = [f"{result['num_different']} of {result['num_compared']:,} scores differ from rouge-score"]
-    for name, value in result["microseconds_per_row"].items():
-        line = f"{name}: {describe(value)} us a row"
-        if name in result["times_faster"]:
-            line += f", {describe(result['times_faster'][name])} times faster"
-        lines.append(line)
-    print("\n".join(lines), file=sys.stderr)
-
-
-def describe(value: dict[str, float]) -> str:
-    return f"{value['median']:.1f} ({value['min']:.1f} to {value['max']:.1f})"
 
 
 if __name__ == "__main__":

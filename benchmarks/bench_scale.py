@@ -1,14 +1,14 @@
 """A whole sweep over hundreds of simulated engines: how much of them it keeps busy, and what the runners cost.
 
-    python benchmarks/bench_scale.py NI_DIR --engines 64 256 > scale.json
+    python -m benchmarks.bench_scale NI_DIR --engines 64 256 > scale.json
 
 Each run is `selfguide sweep` in a process of its own with the recipe `simulated`, whose engines answer at a set speed.
 Every number is read from the run folder. The ideal is what no scheduler can beat: all sequences in all slots without a
 gap. Start-up is left out; the tail, where fewer tasks are left than engines, is not.
 
 - efficiency: sequence-seconds of all rows / (engines x slots x seconds of the session)
-- rows per second of runner CPU: answered and stored rows over the CPU time of the runners' processes, all threads,
-  their start included
+- rows per second of runner CPU: answered and stored rows over the CPU time of the runners' processes, all threads;
+  from the first totals on, ten seconds in, and with the start, which is some seconds of imports
 - memory: resident bytes of driver and runners at a tenth, half and the end of the session
 - files, bytes: what lies in the run folder at the end
 - reconciled: every task has one end, and each stage's rows are as many as its ledger says
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,18 +29,32 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from selfguide.environment import environment
+from benchmarks.ratio import emit, ratio
 from selfguide.progress import stderr_line
 from selfguide.recipefile import load_recipe, parse_change
 from selfguide.store import Journal, RunStore
+
+FLOORS = {"efficiency": 0.95, "rows_per_runner_cpu_s": 2000.0}
 
 
 def main() -> None:
     args = parse_args()
     folder = args.out or Path(tempfile.mkdtemp(prefix="selfguide-scale-"))
-    runs = [measure(args, engines, folder / f"{engines}-engines") for engines in args.engines]
-    config = {**vars(args), "paths": len(args.paths), "out": None}
-    print(json.dumps({"benchmark": "scale", "environment": environment(), "config": config, "runs": runs}, indent=2))
+    runs = [
+        measure(args, engines, folder / f"{engines}-engines-{repeat}")
+        for repeat in range(args.repeats)
+        for engines in args.engines
+    ]
+    if args.out is None:
+        shutil.rmtree(folder)
+    ratios = {
+        f"{name}_{engines}_engines": ratio([one[name] for one in runs if one["engines"] == engines], floor)
+        for name, floor in FLOORS.items()
+        for engines in args.engines
+    }
+    if args.quick:  # few tasks are mostly ramp and tail
+        ratios = {key: one | {"floor": None} for key, one in ratios.items()}
+    emit("scale", {**vars(args), "paths": len(args.paths), "out": None}, ratios, runs=runs)
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,10 +63,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--slots", type=int, default=16, help="sequences of one engine")
     parser.add_argument("--runners", type=int, default=1)
-    parser.add_argument("--rows-per-s", type=float, default=400.0, help="what all engines together may answer")
+    parser.add_argument("--rows-per-s", type=float, default=1000.0, help="what all engines together may answer")
     parser.add_argument("--set", action="append", default=[], help="further changes to the recipe")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
-    return parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="16 engines, once")
+    args = parser.parse_args()
+    if args.quick:
+        args.engines, args.repeats = [16], 1
+    return args
 
 
 def changes(args: argparse.Namespace, engines: int) -> list[str]:
@@ -63,8 +83,8 @@ def changes(args: argparse.Namespace, engines: int) -> list[str]:
         f"cluster.num_engines={engines}", f"cluster.num_runners={args.runners}", "cluster.num_trainers=4",
         f"engine.max_num_seqs={args.slots}", f"engine.tokens_per_s={per_token:.4g}",
         "engine.simulation.prefill_tokens_per_s=0", "engine.simulation.adapter_load_s=0",
-        "finetuning.simulated_tokens_per_s=1e7", "synthesis.num_candidates=48", "synthesis.lag=16",
-        "annotation.num_samples=1", "evaluation.num_instances=16", "evaluation.controls=[]",
+        "finetuning.simulated_tokens_per_s=1e7", "synthesis.num_candidates=256", "synthesis.lag=64",
+        "annotation.num_samples=1", "evaluation.num_instances=64", "evaluation.controls=[]",
         "evaluation.bootstrap_samples=1000", *args.set,
     ]  # fmt: skip
 
@@ -88,13 +108,15 @@ def measure(args: argparse.Namespace, engines: int, out: Path) -> dict[str, Any]
 def read_session(out: Path, slots: int) -> dict[str, Any]:
     events = Journal(out / "sweep" / "events.jsonl").read()
     totals = [event for event in events if event["event"] == "totals"]
-    last, cpu_s = totals[-1], sum(totals[-1]["runner_cpu_s"])
+    first, last = totals[0], totals[-1]
+    cpu_s, start_cpu_s = sum(last["runner_cpu_s"]), sum(first["runner_cpu_s"])
     return {
         "tasks": last["tasks"], "done": last["done"], "failed": last["failed"], "rows": last["rows"],
         "seconds": last["seconds"], "rows_per_s": round(last["rows"] / last["seconds"], 1),
         "efficiency": round(last["engine_sequence_s"] / (slots * last["seconds"]), 4),
         "efficiency_while_tasks_wait": efficiency_while_waiting(totals, slots),
-        "rows_per_runner_cpu_s": round(last["rows"] / cpu_s, 1),
+        "rows_per_runner_cpu_s": round((last["rows"] - first["rows"]) / (cpu_s - start_cpu_s), 1),
+        "rows_per_runner_cpu_s_with_start": round(last["rows"] / cpu_s, 1),
         "driver_rss_mib": memory(totals, lambda one: one["driver_rss_bytes"]),
         "runner_rss_mib": memory(totals, lambda one: sum(one["runner_rss_bytes"])),
         "stale": last["stale"], "deaths": last["engine_deaths"],

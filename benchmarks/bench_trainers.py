@@ -1,10 +1,9 @@
 """One adapter after another: on a warm trainer, and on a trainer whose process ends with each job.
 
-    python benchmarks/bench_trainers.py [--repeats 5] [--rows 200] [--epochs 3] [--model FOLDER] > bench_trainers.json
+    python -m benchmarks.bench_trainers [--quick] [--rows 200] [--epochs 3] [--model FOLDER] > trainers.json
 
 The two take turns within a repeat. Seconds are the client's, from the call to the adapter; `train_s` are the job's own,
-from reading the rows to the exported weights. All adapters must be the same. Exits with an error where they are not, or
-where a fresh process takes less than `--floor` times as long.
+from reading the rows to the exported weights. All adapters must be the same: exits with an error where they are not.
 """
 
 from __future__ import annotations
@@ -12,51 +11,45 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.ratio import emit, ratio, spread
 from cluster.placement import ClusterSpec
 from cluster.session import ray_session
 from cluster.trainers import Trainers, TrainerShape
 from engines.types import TrainSpec
 from selfguide import load_recipe
 from selfguide.api import load_student
-from selfguide.environment import environment
 from selfguide.progress import stderr_line
 from selfguide.taskrun import Student
 
-PROMPT_TOKENS, COMPLETION_TOKENS = 80, 20
+FLOOR = 2.0
 TEXT = "the river moved slowly past old stone houses while children counted boats "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--model", default="random")
-    parser.add_argument("--floor", type=float, default=2.0)
+    parser.add_argument("--quick", action="store_true", help="two repeats")
     args = parser.parse_args()
+    args.repeats = min(args.repeats, 2) if args.quick else args.repeats
     student = load_student(load_recipe("smoke", {"model.path": args.model}))
     with tempfile.TemporaryDirectory(prefix="selfguide-trainers-") as folder, ray_session(ClusterSpec()):
         repeats, digests = asyncio.run(measure(args, student, Path(folder)))
-    times = [one["fresh_s"] / one["warm_s"] for one in repeats]
+    ratios = {"fresh_over_warm": ratio([one["fresh_s"] / one["warm_s"] for one in repeats], floor=FLOOR)}
     names = ("fresh_s", "warm_s", "fresh_train_s", "warm_train_s")
-    spreads = {name: spread([one[name] for one in repeats]) for name in names} | {"fresh_over_warm": spread(times)}
-    result = {
-        "benchmark": "trainers", "environment": environment(), "config": vars(args), **spreads,
-        "num_different_adapters": len(digests), "repeats": repeats,
-    }  # fmt: skip
-    print(json.dumps(result, indent=2))
-    stderr_line(f"a fresh process takes {statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f}) times")
-    if len(digests) > 1 or statistics.median(times) < args.floor:
-        raise SystemExit("the warm trainer is too slow, or its adapters are others")
+    seconds = {name: spread([one[name] for one in repeats]) for name in names}
+    emit("trainers", vars(args), ratios, seconds=seconds, num_different_adapters=len(digests) - 1, repeats=repeats)
+    if len(digests) > 1:
+        raise SystemExit("the adapters of warm and fresh trainers differ")
 
 
 async def measure(args: argparse.Namespace, student: Student, folder: Path) -> tuple[list[dict[str, float]], set[str]]:
@@ -80,12 +73,12 @@ async def measure(args: argparse.Namespace, student: Student, folder: Path) -> t
     return repeats, digests
 
 
-def write_rows(path: Path, student: Student, count: int) -> Path:
+def write_rows(path: Path, student: Student, count: int, prompt_tokens: int = 80, completion_tokens: int = 20) -> Path:
     """Rows of one length, each a different window of the text."""
-    length = PROMPT_TOKENS + COMPLETION_TOKENS
+    length = prompt_tokens + completion_tokens
     ids = student.tokenizer.encode(TEXT * (1 + (count + length) // 10))
     rows = [ids[i : i + length] for i in range(count)]
-    pq.write_table(pa.table({"input_ids": rows, "prompt_tokens": [PROMPT_TOKENS] * count}), path)
+    pq.write_table(pa.table({"input_ids": rows, "prompt_tokens": [prompt_tokens] * count}), path)
     return path
 
 
@@ -95,10 +88,6 @@ async def run(trainers: Trainers, spec: TrainSpec, rows: Path, work: Path) -> tu
     began = clock()
     result = await trainers.train(spec, rows, work)
     return clock() - began, result
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 2), "min": round(min(values), 2), "max": round(max(values), 2)}
 
 
 if __name__ == "__main__":

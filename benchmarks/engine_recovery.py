@@ -1,6 +1,6 @@
 """From the death of vLLM's core to the first row again, over the time that the engine takes to start.
 
-    python benchmarks/engine_recovery.py [--repeats 3] [--rows 64] [--model FOLDER] > engine_recovery.json
+    python -m benchmarks.engine_recovery [--quick] [--rows 64] [--model FOLDER] > engine_recovery.json
 
 Rows are put in flight on one engine, its core is killed with SIGKILL, and the clock runs until the first row that the
 restarted engine answers. `times_start` is over the first start, with Ray's process around the engine;
@@ -16,10 +16,10 @@ import asyncio
 import json
 import os
 import signal
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.ratio import emit, ratio, spread
 from cluster.fleet import start_engines, stop_engines
 from cluster.placement import place
 from cluster.pool import Pool
@@ -27,29 +27,24 @@ from cluster.session import ray_session
 from engines.types import Completion, Outcome, Request, Sampling
 from selfguide import load_recipe
 from selfguide.api import engine_spec, load_student
-from selfguide.environment import environment
 from selfguide.progress import stderr_line
 
 PROMPT_TOKENS = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--model", default="random")
+    parser.add_argument("--quick", action="store_true", help="one repeat")
     args = parser.parse_args()
+    args.repeats = 1 if args.quick else args.repeats
     start_s, repeats = asyncio.run(measure(args))
-    names = ("first_row_s", "times_start", "times_own_start")
-    spreads = {name: spread([one[name] for one in repeats]) for name in names}
-    result = {
-        "benchmark": "engine_recovery", "environment": environment(), "config": vars(args), "start_s": start_s,
-        **spreads, "repeats": repeats,
-    }  # fmt: skip
-    print(json.dumps(result, indent=2))
-    times = spreads["times_start"]
-    stderr_line(f"first row again after {times['median']} ({times['min']} to {times['max']}) times an engine's start")
+    ratios = {name: ratio([one[name] for one in repeats]) for name in ("times_start", "times_own_start")}
+    first_row_s = spread([one["first_row_s"] for one in repeats])
+    emit("engine_recovery", vars(args), ratios, start_s=start_s, first_row_s=first_row_s, repeats=repeats)
     if any(one["lost"] or one["doubled"] for one in repeats):
         raise SystemExit("rows were lost or doubled")
 
@@ -133,10 +128,6 @@ def compare(answers: Sequence[Outcome], undisturbed: Sequence[Outcome], rows: Se
 
 def texts(answer: Outcome) -> list[str]:
     return [sample.text for sample in answer.samples] if isinstance(answer, Completion) else []
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 2), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ SETTINGS = {
     "vllm": ["cluster.num_runners=2", "cluster.limits.max_deaths=10000", "synthesis.target_rows=null",
              "synthesis.num_candidates=128", "evaluation.controls=[]", "evaluation.bootstrap_samples=500"],
 }  # fmt: skip
-EVERY_S = {"simulated": 1.5, "vllm": 20.0}
-NUM_TASKS = {"simulated": 16, "vllm": 5}
+EVERY_S = {"simulated": 1.5, "vllm": 12.0}
+NUM_TASKS = {"simulated": 16, "vllm": 24}
 PATIENCE_S = 5.0
 """So long a victim that is not there now is waited for, before the next one is drawn."""
 MOST_STARTS = 100
@@ -332,9 +332,10 @@ def by_task(run: Path) -> dict[str, list[Artifact]]:
 
 
 def facts(done: Sequence[Artifact]) -> dict[str, Any]:
-    """What a comparison says, without its times."""
+    """What a comparison says, without when and by which commit."""
     [comparison] = [one for one in done if one.stage == "comparison"]
-    return {name: value for name, value in comparison.marker.items() if name not in ("seconds", "finished")}
+    passing = ("seconds", "finished", "environment")
+    return {name: value for name, value in comparison.marker.items() if name not in passing}
 
 
 def summary(found: Found) -> dict[str, Any]:

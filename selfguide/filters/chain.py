@@ -24,19 +24,30 @@ PAIRS = {
 }  # fmt: skip
 
 
-def compile_chain(filters: Sequence[RowFilter], context: Context) -> list[pl.Expr]:
-    """The columns `filter` and `reason`: of the first filter that turns a row away, null where none does."""
-    reasons = [one.reason(context) for one in filters]
-    names = [pl.when(reason.is_not_null()).then(pl.lit(one.name)) for one, reason in zip(filters, reasons, strict=True)]
-    nothing = pl.lit(None, dtype=pl.String)
-    return [pl.coalesce([*names, nothing]).alias("filter"), pl.coalesce([*reasons, nothing]).alias("reason")]
+class Chain:
+    """Row filters in order. Each reason is worked out once, as a column of its own."""
+
+    def __init__(self, filters: Sequence[RowFilter], context: Context) -> None:
+        names = [f"_{number}" for number in range(len(filters))]
+        named = list(zip(names, filters, strict=True))
+        self._reasons = [one.reason(context).alias(name) for name, one in named]
+        first = [pl.when(pl.col(name).is_not_null()).then(pl.lit(one.name)) for name, one in named]
+        nothing = pl.lit(None, dtype=pl.String)
+        self._verdict = [
+            pl.coalesce([*first, nothing]).alias("filter"), pl.coalesce([*names, nothing]).alias("reason"),
+        ]  # fmt: skip
+        self._names = names
+
+    def apply(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Adds `filter` and `reason`: of the first filter that turns a row away, null where none does."""
+        return rows.with_columns(self._reasons).with_columns(self._verdict).drop(self._names)
 
 
 class InputJudge:
     """Judges inputs in index order, batch by batch: the result does not depend on how rows fall into batches."""
 
     def __init__(self, filters: Filters, context: Context) -> None:
-        self._chain = compile_chain([one for one in filters.inputs if not isinstance(one, Duplicate)], context)
+        self._chain = Chain([one for one in filters.inputs if not isinstance(one, Duplicate)], context)
         names = [one.name for one in filters.inputs]
         self._distinct = Duplicate().name in names
         self._before = frozenset(names[: names.index(Duplicate().name)] if self._distinct else names)
@@ -45,7 +56,7 @@ class InputJudge:
     def judge(self, texts: Sequence[str], tokens: Sequence[int], finish: Sequence[str]) -> list[tuple[str, str] | None]:
         """Filter and reason for each text that is turned away, None for one that stays."""
         columns = {"text": list(texts), "tokens": list(tokens), "finish_reason": list(finish)}
-        rows = pl.DataFrame(columns, schema=INPUTS).with_columns(self._chain)
+        rows = self._chain.apply(pl.DataFrame(columns, schema=INPUTS))
         verdicts: list[tuple[str, str] | None] = []
         for key, name, reason in zip(normalise(list(texts)), rows["filter"], rows["reason"], strict=True):
             if self._distinct and key in self._seen and name not in self._before:
@@ -69,8 +80,8 @@ class PairJudge:
     """Judges inputs with their sampled outputs: one line for each input, row by row, without the set filters."""
 
     def __init__(self, filters: Filters, context: Context) -> None:
-        self._samples = compile_chain(filters.samples, context)
-        self._pairs = compile_chain(filters.pairs, context)
+        self._samples = Chain(filters.samples, context)
+        self._pairs = Chain(filters.pairs, context)
         self._context = context
         self._vote = filters.vote
         label = next((one for one in filters.samples if isinstance(one, ValidLabel)), None)
@@ -85,9 +96,7 @@ class PairJudge:
         samples = self.judge_samples(table)
         alive = samples.filter(pl.col("filter").is_null())
         elected = self._vote.elect(alive)
-        tokens = alive.group_by("row", "text").agg(pl.col("tokens").first())
         pairs = table.drop("samples").join(elected, on="row", how="left", maintain_order="left")
-        pairs = pairs.join(tokens, on=["row", "text"], how="left", maintain_order="left")
         pairs = pairs.with_columns(
             pl.lit("stop").alias("finish_reason"),
             pl.col("text").fill_null(""),
@@ -108,27 +117,29 @@ class PairJudge:
             pl.Series("tokens", [tokens[one.label] for one in elected], dtype=pl.Int32),
             pl.lit("stop").alias("finish_reason"),
         )
-        return pairs.with_columns(self._pairs).drop("finish_reason")
+        return self._pairs.apply(pairs).drop("finish_reason")
 
     def judge_samples(self, table: pl.DataFrame) -> pl.DataFrame:
         """One line for each sample, with its verdict; where labels are read, a survivor's text is its label."""
         counted = table.with_columns(pl.col("samples").list.len().alias("num_samples"))
         samples = counted.explode("samples").unnest("samples").filter(pl.col("text").is_not_null())
-        judged = samples.with_columns(pl.col("text").str.strip_chars()).with_columns(self._samples)
+        judged = self._samples.apply(samples.with_columns(pl.col("text").str.strip_chars()))
         read = pl.when(pl.col("filter").is_null()).then(self._read).otherwise(pl.col("text"))
         return judged.with_columns(read.alias("text"))
 
     def _judge_elected(self, pairs: pl.DataFrame) -> pl.DataFrame:
         unsure = self._vote.reason()
         name = pl.when(unsure.is_not_null()).then(pl.lit(self._vote.name)).otherwise(pl.col("filter"))
-        judged = pairs.with_columns(self._pairs)
+        judged = self._pairs.apply(pairs)
         return judged.with_columns(name.alias("filter"), pl.coalesce(unsure, pl.col("reason")).alias("reason"))
 
 
 def _explain_silent(pairs: pl.DataFrame, samples: pl.DataFrame) -> pl.DataFrame:
     """Rows without a surviving sample get the commonest reason of their samples."""
-    why = samples.group_by("row", "filter").agg(pl.len().alias("count"), pl.col("reason").first())
-    why = why.filter(pl.col("filter").is_not_null()).sort("count", "filter", descending=[True, False])
+    none_left = pairs.filter(pl.col("votes").is_null()).select("row")
+    lost = samples.select("row", "filter", "reason").join(none_left, on="row", how="semi", maintain_order="left")
+    why = lost.group_by("row", "filter").agg(pl.len().alias("count"), pl.col("reason").first())
+    why = why.sort("count", "filter", descending=[True, False])
     why = why.group_by("row", maintain_order=True).first().select("row", pl.col("filter", "reason").name.suffix("_all"))
     pairs = pairs.join(why, on="row", how="left", maintain_order="left")
     silent = pl.col("votes").is_null()

@@ -31,17 +31,20 @@ class Vote(FilterSpec):
     """What the share is a share of."""
 
     def elect(self, answers: pl.DataFrame) -> pl.DataFrame:
-        """From surviving answers (`row`, `text`, `num_samples`) to one line a row: `row`, `text`, `votes`, `share`."""
+        """From surviving answers (`row`, `text`, `tokens`, `num_samples`) to one line a row: `row`, `text`, `votes`,
+        `share`, and `tokens` of the first such answer."""
         import polars as pl
 
         if self.choose == "medoid":
             return _medoids(answers)
-        counted = answers.group_by("row", "text").agg(pl.len().alias("votes"), pl.col("num_samples").first())
+        counted = answers.group_by("row", "text").agg(
+            pl.len().alias("votes"), pl.col("num_samples").first(), pl.col("tokens").first()
+        )
         survivors = pl.col("votes").sum().over("row")
         share = pl.col("votes") / (survivors if self.of == "survivors" else pl.col("num_samples"))
         ranked = counted.with_columns(share.alias("share"), pl.col("text").str.len_chars().alias("length"))
         ranked = ranked.sort("row", "votes", "length", "text", descending=[False, True, False, False])
-        return ranked.group_by("row", maintain_order=True).first().select("row", "text", "votes", "share")
+        return ranked.group_by("row", maintain_order=True).first().select("row", "text", "votes", "share", "tokens")
 
     def reason(self) -> pl.Expr:
         """Null where enough samples stand behind the answer."""
@@ -58,8 +61,9 @@ def _medoids(answers: pl.DataFrame) -> pl.DataFrame:
     elected = []
     for (row,), group in answers.group_by("row", maintain_order=True):
         text, votes, share = _medoid(group["text"].to_list())
-        elected.append({"row": row, "text": text, "votes": votes, "share": share})
-    schema = {"row": pl.Int32, "text": pl.String, "votes": pl.UInt32, "share": pl.Float64}
+        tokens = group["tokens"][group["text"].to_list().index(text)]
+        elected.append({"row": row, "text": text, "votes": votes, "share": share, "tokens": tokens})
+    schema = {"row": pl.Int32, "text": pl.String, "votes": pl.UInt32, "share": pl.Float64, "tokens": pl.Int32}
     return pl.DataFrame(elected, schema=schema)
 
 
