@@ -70,6 +70,7 @@ class VllmEngine:
         self._lora_ids = itertools.count(1)
         self._full: AdapterRef | None = None
         self._counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "in_flight": 0}
+        _settle()
         self._start_s = time.monotonic() - began
 
     def serves(self, ref: AdapterRef | None) -> bool:
