@@ -7,8 +7,8 @@ Every number is read from the run folder. The ideal is what no scheduler can bea
 gap. Start-up is left out; the tail, where fewer tasks are left than engines, is not.
 
 - efficiency: sequence-seconds of all rows / (engines x slots x seconds of the session)
-- rows per second of runner CPU: answered and stored rows over the CPU time of the runners' processes, all threads,
-  their start included
+- rows per second of runner CPU: answered and stored rows over the CPU time of the runners' processes, all threads;
+  from the first totals on, ten seconds in, and with the start, which is some seconds of imports
 - memory: resident bytes of driver and runners at a tenth, half and the end of the session
 - files, bytes: what lies in the run folder at the end
 - reconciled: every task has one end, and each stage's rows are as many as its ledger says
@@ -45,9 +45,13 @@ def main() -> None:
     ]
     if args.out is None:
         shutil.rmtree(folder)
+    floors = {"efficiency": 0.95, "rows_per_runner_cpu_s": 2000}
     ratios = {
-        f"efficiency_{engines}_engines": ratio([one["efficiency"] for one in runs if one["engines"] == engines])
+        f"{engines}/{name}": ratio(
+            [one[name] for one in runs if one["engines"] == engines], None if args.quick else floor
+        )
         for engines in args.engines
+        for name, floor in floors.items()
     }
     emit("scale", {**vars(args), "paths": len(args.paths), "out": None}, ratios, runs=runs)
 
@@ -58,11 +62,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--slots", type=int, default=16, help="sequences of one engine")
     parser.add_argument("--runners", type=int, default=1)
-    parser.add_argument("--rows-per-s", type=float, default=400.0, help="what all engines together may answer")
+    parser.add_argument("--rows-per-s", type=float, default=1000.0, help="what all engines together may answer")
     parser.add_argument("--set", action="append", default=[], help="further changes to the recipe")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="16 engines, once")
+    parser.add_argument("--quick", action="store_true", help="16 engines, once: too few tasks for a bound")
     args = parser.parse_args()
     if args.quick:
         args.engines, args.repeats = [16], 1
@@ -78,8 +82,8 @@ def changes(args: argparse.Namespace, engines: int) -> list[str]:
         f"cluster.num_engines={engines}", f"cluster.num_runners={args.runners}", "cluster.num_trainers=4",
         f"engine.max_num_seqs={args.slots}", f"engine.tokens_per_s={per_token:.4g}",
         "engine.simulation.prefill_tokens_per_s=0", "engine.simulation.adapter_load_s=0",
-        "finetuning.simulated_tokens_per_s=1e7", "synthesis.num_candidates=48", "synthesis.lag=16",
-        "annotation.num_samples=1", "evaluation.num_instances=16", "evaluation.controls=[]",
+        "finetuning.simulated_tokens_per_s=1e7", "synthesis.num_candidates=256", "synthesis.lag=64",
+        "annotation.num_samples=1", "evaluation.num_instances=64", "evaluation.controls=[]",
         "evaluation.bootstrap_samples=1000", *args.set,
     ]  # fmt: skip
 
@@ -103,13 +107,15 @@ def measure(args: argparse.Namespace, engines: int, out: Path) -> dict[str, Any]
 def read_session(out: Path, slots: int) -> dict[str, Any]:
     events = Journal(out / "sweep" / "events.jsonl").read()
     totals = [event for event in events if event["event"] == "totals"]
-    last, cpu_s = totals[-1], sum(totals[-1]["runner_cpu_s"])
+    first, last = totals[0], totals[-1]
+    cpu_s, start_cpu_s = sum(last["runner_cpu_s"]), sum(first["runner_cpu_s"])
     return {
         "tasks": last["tasks"], "done": last["done"], "failed": last["failed"], "rows": last["rows"],
         "seconds": last["seconds"], "rows_per_s": round(last["rows"] / last["seconds"], 1),
         "efficiency": round(last["engine_sequence_s"] / (slots * last["seconds"]), 4),
         "efficiency_while_tasks_wait": efficiency_while_waiting(totals, slots),
-        "rows_per_runner_cpu_s": round(last["rows"] / cpu_s, 1),
+        "rows_per_runner_cpu_s": round((last["rows"] - first["rows"]) / (cpu_s - start_cpu_s), 1),
+        "rows_per_runner_cpu_s_with_start": round(last["rows"] / cpu_s, 1),
         "driver_rss_mib": memory(totals, lambda one: one["driver_rss_bytes"]),
         "runner_rss_mib": memory(totals, lambda one: sum(one["runner_rss_bytes"])),
         "stale": last["stale"], "deaths": last["engine_deaths"],

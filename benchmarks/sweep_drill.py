@@ -332,9 +332,10 @@ def by_task(run: Path) -> dict[str, list[Artifact]]:
 
 
 def facts(done: Sequence[Artifact]) -> dict[str, Any]:
-    """What a comparison says, without its times."""
+    """What a comparison says, without when and by which commit."""
     [comparison] = [one for one in done if one.stage == "comparison"]
-    return {name: value for name, value in comparison.marker.items() if name not in ("seconds", "finished")}
+    passing = ("seconds", "finished", "environment")
+    return {name: value for name, value in comparison.marker.items() if name not in passing}
 
 
 def summary(found: Found) -> dict[str, Any]:

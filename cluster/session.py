@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _OBJECT_STORE_BYTES = 256 << 20
+_STARTS, _TIMED_OUT = 3, "timed out during startup"
 
 
 @contextmanager
@@ -65,7 +66,14 @@ def _connect(spec: ClusterSpec) -> None:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         return
-    ray.init(
-        address="local", num_cpus=local_cpus(spec), include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        configure_logging=False, object_store_memory=_OBJECT_STORE_BYTES,
-    )  # fmt: skip
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                address="local", num_cpus=local_cpus(spec), include_dashboard=False, log_to_driver=False,
+                logging_level="ERROR", configure_logging=False, object_store_memory=_OBJECT_STORE_BYTES,
+            )  # fmt: skip
+            return
+        except Exception as error:  # Ray gives its own node 30 seconds, which a busy machine may need more of
+            if not left or _TIMED_OUT not in str(error):
+                raise
+            ray.shutdown()

@@ -126,6 +126,10 @@ class Annotation(Section):
     """Over how many of them the labels' log-probabilities are averaged, a pass each."""
     num_samples: int = Field(default=10, ge=1, le=256)
     """Answers sampled for each input."""
+    stop_when_decided: bool = False
+    """Classification: sample one more than half of `num_samples` first, and the others only where those do not all
+    name the same label, finished: no vote can turn against them any more. Needs `orders: 1`, no `keep_best`, and a vote
+    for the most frequent answer by at most half of the samples."""
     keep_best: int | None = Field(default=None, ge=1)
     """Keep this many of highest cumulative log-probability (what best_of did); empty: all."""
     constrain_labels: bool = False
@@ -272,6 +276,19 @@ class Recipe(Section):
         wanted = any(isinstance(one, Margin) for one in (*filters.sets, *filters.classification.sets))
         if wanted and annotation is not None and annotation.mode == "sample":
             raise ValueError("the margin filter needs annotation.mode: calibrated; set it, or take the filter out")
+        return filters
+
+    @field_validator("filters")
+    @classmethod
+    def _check_vote(cls, filters: Filters, info: ValidationInfo) -> Filters:
+        """Samples that were never drawn must not be able to change what is kept."""
+        annotation = info.data.get("annotation")
+        if annotation is None or not annotation.stop_when_decided:
+            return filters
+        if annotation.orders > 1 or annotation.keep_best is not None:
+            raise ValueError("annotation.stop_when_decided needs annotation.orders: 1 and no annotation.keep_best")
+        if filters.vote.choose != "frequent" or filters.vote.min_share > 0.5:
+            raise ValueError("annotation.stop_when_decided needs a vote with choose: frequent and a min_share up to 0.5")
         return filters
 
     @field_validator("finetuning")

@@ -93,6 +93,9 @@ class _Synthesis:
             self._config.conditional == "auto" and run.is_classification
         )
         self._choices = constrained_to(run)
+        num_samples = self._annotation.num_samples
+        early = self._annotation.stop_when_decided and run.is_classification
+        self._num_first = num_samples // 2 + 1 if early else num_samples
         self._rows: list[dict[str, Any]] = []  # launched, in index order
         self._decided = 0  # rows below have a judged input
         self._complete: set[int] = set()  # rows at or above _judged whose outcome is known
@@ -110,8 +113,8 @@ class _Synthesis:
         async with self._run.pool.channel(self._run.task.name, self._stage.log, self._stage.suspects()) as channel:
             while not self._finished:
                 self._launch(channel)
-                for outcome in await channel.receive() if self._sent else []:
-                    self._take(outcome)
+                outcomes = await channel.receive() if self._sent else []
+                channel.send([request for outcome in outcomes for request in self._take(outcome)])
                 self._judge_inputs(channel)
                 self._judge_pairs()
                 self._commit()
@@ -223,7 +226,7 @@ class _Synthesis:
         self._answers[row["row"]] = dict.fromkeys(parts)
         work = []
         for number, (part, ids) in enumerate(zip(parts, asked, strict=True)):
-            share = len(range(number, config.num_samples, len(orders)))
+            share = len(range(number, self._num_first, len(orders)))
             sampling = None if weighed else self._sampling(config.sampling, part, row["row"], share, self._choices)
             work.append(self._request(row["row"], part, ids, sampling))
         return work
@@ -244,13 +247,17 @@ class _Synthesis:
         self._tokens["prompt_tokens"] += len(ids)
         return Request(name, ids, sampling) if sampling else ChoiceRequest(name, ids, self._run.prompts.label_ids)
 
-    def _take(self, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome) -> list[Work]:
+        """Returns what is to be asked now."""
         row, part = self._sent.pop(outcome.id)
         for name, count in spent(outcome).items():
             self._tokens[name] += count
         if part != "input":
-            self._answers[row][part] = outcome
-            if None not in self._answers[row].values():
+            answers = self._answers[row]
+            answers[part] = outcome
+            if part == "output" and isinstance(outcome, Completion) and not self._is_decided(outcome):
+                return self._ask_rest(row)
+            if None not in answers.values():
                 self._take_answers(row, list(self._answers.pop(row).values()))
         elif isinstance(outcome, RequestFailed):
             self._fail(row, outcome.error, outcome.message)
@@ -259,6 +266,23 @@ class _Synthesis:
             [sample] = outcome.samples
             text, num_tokens = self._run.prompts.parse_input(sample.text), len(sample.token_ids)
             self._rows[row].update(state="arrived", input=text, tokens=num_tokens, finish_reason=sample.finish_reason)
+        return []
+
+    def _is_decided(self, first: Completion) -> bool:
+        """More than half of the vote has come, for one label; or there is no more to come."""
+        if self._num_first == self._annotation.num_samples:
+            return True
+        texts = {self._run.prompts.parse_output(sample.text) for sample in first.samples}
+        finished = all(sample.finish_reason == "stop" for sample in first.samples)
+        return finished and len(texts) == 1 and texts <= set(self._run.task.labels)
+
+    def _ask_rest(self, row: int) -> list[Work]:
+        config, prompts, part = self._annotation, self._run.prompts, "output-rest"
+        self._answers[row][part] = None
+        [order] = prompts.answer_orders(1)
+        ids = prompts.answer(self._rows[row]["input"], config.sampling.max_tokens, order=order).ids
+        rest = config.num_samples - self._num_first
+        return [self._request(row, part, ids, self._sampling(config.sampling, part, row, rest, self._choices))]
 
     def _take_answers(self, row: int, outcomes: Sequence[Outcome | None]) -> None:
         """All orders' answers, in the orders' order; where several failed, the first says why."""

@@ -17,7 +17,7 @@ import selfguide
 from engines.types import Faults
 from selfguide.api import Session
 from selfguide.curation import CurationJob, judge_file
-from selfguide.errors import TaskFailed
+from selfguide.errors import TaskFailed, UserError
 from selfguide.filters.chain import InputJudge
 from selfguide.recipefile import load_recipe
 from selfguide.records import Ledger
@@ -199,6 +199,30 @@ async def test_of_many_samples_the_likeliest_are_kept(one_engine: Session, tmp_p
             assert kept["samples"] == all_samples["samples"][:2]
             logprobs = [sample["logprob"] for sample in all_samples["samples"]]
             assert logprobs == sorted(logprobs, reverse=True)
+
+
+async def test_samples_stop_where_the_vote_is_decided(one_engine: Session, tmp_path: Path) -> None:
+    """The first of them are those of a full draw; decided rows elect, and keep, what their full draw does."""
+    changes: dict[str, Any] = {"annotation__constrain_labels": True, "filters__vote__min_share": 0.5, "annotation__num_samples": 10}
+    early = make_run(one_engine, tmp_path / "early", CLASSIFICATION, annotation__stop_when_decided=True, **changes)
+    whole = make_run(one_engine, tmp_path / "whole", CLASSIFICATION, **changes)
+    pairs = list(zip((await synthesize(early)).rows(), (await synthesize(whole)).rows(), strict=True))
+    counts = Counter(len(short["samples"]) for short, _ in pairs if short["samples"])
+    assert set(counts) == {6, 10}, counts
+    for short, full in pairs:
+        if short["samples"]:
+            assert short["samples"][:6] == full["samples"][:6]
+            texts = {sample["text"] for sample in short["samples"][:6]}
+            assert (len(short["samples"]) == 6) == (len(texts) == 1 and texts <= set(CLASSIFICATION.labels))
+    decided = {short["row"] for short, _ in pairs if short["samples"] and len(short["samples"]) == 6}
+    kept = [set(kept_by_curation(run, await synthesize(run), tmp_path)) for run in (early, whole)]
+    assert kept[0] & decided == kept[1] & decided
+
+
+async def test_stopping_early_wants_a_vote_that_it_cannot_turn(one_engine: Session, tmp_path: Path) -> None:
+    for change in ({"filters__vote__min_share": 0.6}, {"annotation__orders": 2}, {"annotation__keep_best": 2}):
+        with pytest.raises(UserError, match="stop_when_decided needs"):
+            make_run(one_engine, tmp_path, CLASSIFICATION, annotation__stop_when_decided=True, **change)
 
 
 # ---- the candidate budget

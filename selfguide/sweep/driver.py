@@ -32,6 +32,11 @@ _POLL_S = 1.0
 _TOTALS_S = 10.0
 MOST_TASKS_A_RUNNER = 128
 """Each task under way holds its file's rows in memory, some megabytes."""
+_AHEAD = 2.5
+"""Rows that tasks could have under way at once, in multiples of the slots: windows take 1.75, and not all of a task's
+stages have rows to send."""
+_IDLE_SHARE = 0.02
+"""Of all slots; where more are empty, more tasks are begun."""
 
 
 async def run_jobs(
@@ -127,12 +132,12 @@ class _Pace:
         cluster = recipe.cluster
         self._slots = cluster.num_engines * recipe.engine.max_num_seqs
         per_task = min(recipe.synthesis.lag, recipe.synthesis.num_candidates)
-        start = math.ceil(1.5 * self._slots / per_task) + 2 * cluster.num_trainers
+        start = math.ceil(_AHEAD * self._slots / per_task) + 2 * cluster.num_trainers
         self._most = cluster.tasks_in_flight or max(2 * start, MOST_TASKS_A_RUNNER * cluster.num_runners)
         self.limit = min(max(4, start), self._most)
 
     def adapt(self, room: int, runners: Runners) -> int:
-        if runners.num_waiting and runners.num_running >= self.limit and 20 * room > self._slots:
+        if runners.num_waiting and runners.num_running >= self.limit and room > _IDLE_SHARE * self._slots:
             self.limit = min(self._most, self.limit + max(1, self.limit // 16))
         return self.limit
 
