@@ -23,9 +23,10 @@ install: ## make .venv with the locked packages and selfguide itself (needs Pyth
 demo: install ## SELF-GUIDE with the embedded student on four tasks, on a CPU
 	$(BIN)/selfguide demo
 
-sweep: install ## all tasks of NI (a clone of NI-V2) at once; SPLIT, RECIPE, MODEL and OUT choose which, how, and where
-	@test -e $(NI) || { echo "$(NI) is not there: selfguide data ni-v2 $(NI) fetches NI-V2; without it, try" \
+sweep: ## all tasks of NI (a clone of NI-V2) at once; SPLIT, RECIPE, MODEL and OUT choose which, how, and where
+	@test -e $(NI) || { echo "selfguide data ni-v2 $(NI) fetches NI-V2 to where it is looked for; without it, try" \
 	    "make sweep NI=selfguide/nano/tasks RECIPE=nano"; exit 2; }
+	@$(MAKE) --no-print-directory install
 	$(BIN)/selfguide sweep $(NI) --recipe $(RECIPE) --out $(OUT) $(if $(SPLIT),--split $(SPLIT)) $(if $(MODEL),--model $(MODEL))
 
 nano-bench: install ## the embedded student against every control, 18 held-out tasks, 3 seeds: about an hour

@@ -34,6 +34,8 @@ from selfguide.progress import stderr_line
 from selfguide.recipefile import load_recipe, parse_change
 from selfguide.store import Journal, RunStore
 
+FLOORS = {"efficiency": 0.95, "rows_per_runner_cpu_s": 2000.0}
+
 
 def main() -> None:
     args = parse_args()
@@ -45,14 +47,13 @@ def main() -> None:
     ]
     if args.out is None:
         shutil.rmtree(folder)
-    floors = {"efficiency": 0.95, "rows_per_runner_cpu_s": 2000}
     ratios = {
-        f"{engines}/{name}": ratio(
-            [one[name] for one in runs if one["engines"] == engines], None if args.quick else floor
-        )
+        f"{name}_{engines}_engines": ratio([one[name] for one in runs if one["engines"] == engines], floor)
+        for name, floor in FLOORS.items()
         for engines in args.engines
-        for name, floor in floors.items()
     }
+    if args.quick:  # few tasks are mostly ramp and tail
+        ratios = {key: one | {"floor": None} for key, one in ratios.items()}
     emit("scale", {**vars(args), "paths": len(args.paths), "out": None}, ratios, runs=runs)
 
 
@@ -66,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], help="further changes to the recipe")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="16 engines, once: too few tasks for a bound")
+    parser.add_argument("--quick", action="store_true", help="16 engines, once")
     args = parser.parse_args()
     if args.quick:
         args.engines, args.repeats = [16], 1

@@ -55,8 +55,8 @@ SUITE = {
     )),
     "flow": Entry("bench_flow", "eight tasks, against the authors' way of scheduling", gpu="--model {model}"),
     "filters": Entry("bench_filters", "columnar filters, against polars by hand", gpu=""),
-    "curation": Entry("bench_curation", "what Ray Data and the filters cost for each of many ready tasks"),
-    "annotation": Entry("bench_annotation", "ways to label inputs: cost and agreement"),
+    "curation": Entry("bench_curation", "what curation costs a task, many at once"),
+    "annotation": Entry("bench_annotation", "ways to label, against a vote of free samples"),
     "metrics": Entry("bench_metrics", "ROUGE-L, against rouge-score", "{ni}", "--quick {ni}", "{ni}"),
     "trainers": Entry("bench_trainers", "a warm trainer, against a fresh one", gpu="--model {model}"),
     "sft": Entry("bench_sft", "training tokens a second, against a bare TRL script", gpu=(

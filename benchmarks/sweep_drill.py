@@ -69,8 +69,8 @@ SETTINGS = {
     "vllm": ["cluster.num_runners=2", "cluster.limits.max_deaths=10000", "synthesis.target_rows=null",
              "synthesis.num_candidates=128", "evaluation.controls=[]", "evaluation.bootstrap_samples=500"],
 }  # fmt: skip
-EVERY_S = {"simulated": 1.5, "vllm": 20.0}
-NUM_TASKS = {"simulated": 16, "vllm": 5}
+EVERY_S = {"simulated": 1.5, "vllm": 12.0}
+NUM_TASKS = {"simulated": 16, "vllm": 24}
 PATIENCE_S = 5.0
 """So long a victim that is not there now is waited for, before the next one is drawn."""
 MOST_STARTS = 100

@@ -50,12 +50,12 @@ async def start_engines(spec: EngineSpec, cluster: ClusterSpec, placement: Place
     remote = ray.remote(
         max_restarts=-1, max_task_retries=0, max_concurrency=1000, concurrency_groups={"control": 8}
     )(EngineActor)  # fmt: skip
-    count, per_actor = cluster.num_engines, spec.per_actor if spec.kind == "simulated" else 1
+    count, per_actor = cluster.num_engines, spec.per_actor
     actors: list[Any] = []
     started: list[tuple[str, list[tuple[float, ...]]]] = []
     try:
         for first in range(0, count, per_actor):
-            actor = remote.options(**engine_options(cluster, placement, first))
+            actor = remote.options(**engine_options(cluster, placement, first // per_actor))
             actors.append(actor.remote(spec, cluster.limits, first, min(per_actor, count - first)))
             if spec.kind != "simulated":
                 started.append(await _started(actors[-1], first, cluster.limits))

@@ -111,7 +111,7 @@ class Placement:
     time_shared: bool
     """Engines sleep while trainers work."""
     engine_nodes: tuple[str, ...] = ()
-    """The node ids for which engines were counted, one each; empty where there is one node."""
+    """The node ids for which the engines' actors were counted, one each; empty where there is one node."""
     trainer_nodes: tuple[str, ...] = ()
 
     @property
@@ -141,9 +141,9 @@ class Placement:
         return "; ".join([said, *wishes])
 
 
-def needed_cpus(spec: ClusterSpec) -> float:
+def needed_cpus(spec: ClusterSpec, per_actor: int = 1) -> float:
     """Logical CPUs for all engines, trainers and runners and Ray Data side by side."""
-    return sum(need.count * need.cpus for need in _needs(spec, Placement(0, 0, time_shared=False)))
+    return sum(need.count * need.cpus for need in _needs(spec, Placement(0, 0, time_shared=False), per_actor))
 
 
 def local_cpus(spec: ClusterSpec) -> int:
@@ -152,13 +152,14 @@ def local_cpus(spec: ClusterSpec) -> int:
     return max(os.cpu_count() or 1, math.ceil(needed_cpus(spec)))
 
 
-def place(spec: ClusterSpec, tensor_parallel: int, nodes: Sequence[NodeResources]) -> Placement:
-    """Raises `PlacementError` where these nodes can never hold what is asked for."""
+def place(spec: ClusterSpec, tensor_parallel: int, nodes: Sequence[NodeResources], per_actor: int = 1) -> Placement:
+    """Raises `PlacementError` where these nodes can never hold what is asked for. So many engines share an actor, and
+    what it reserves."""
     placement = _choose(spec, tensor_parallel, sum(node.gpus for node in nodes))
-    needs = _needs(spec, placement)
+    needs = _needs(spec, placement, per_actor)
     for need in needs:
         _check_one(need, nodes)
-    _check_totals(spec, tensor_parallel, placement, nodes)
+    _check_totals(spec, tensor_parallel, placement, nodes, per_actor)
     found = _pack(needs, nodes, spread=True) or _pack(needs, nodes, spread=False)
     if found is None:
         each = ", ".join(f"{count(need.count, need.what)} of {need.size}" for need in needs[:2])
@@ -172,7 +173,7 @@ def place(spec: ClusterSpec, tensor_parallel: int, nodes: Sequence[NodeResources
 
 
 def engine_options(spec: ClusterSpec, placement: Placement, number: int) -> dict[str, Any]:
-    """Ray's options for the actor of engine `number`."""
+    """Ray's options for the engines' actor `number`."""
     where = _where(_engine_labels(spec), placement.engine_nodes, number)
     return {"num_cpus": spec.engine_cpus, "num_gpus": placement.gpus_per_engine, **where}
 
@@ -239,11 +240,11 @@ class _Need:
         return _size(self.cpus, self.gpus)
 
 
-def _needs(spec: ClusterSpec, placement: Placement) -> list[_Need]:
+def _needs(spec: ClusterSpec, placement: Placement, per_actor: int) -> list[_Need]:
     gpus_per_engine, gpus_per_trainer = placement.gpus_per_engine, placement.gpus_per_trainer
     return [
         _Need(
-            "engine", spec.num_engines, spec.engine_cpus, gpus_per_engine, _engine_labels(spec),
+            "engine", math.ceil(spec.num_engines / per_actor), spec.engine_cpus, gpus_per_engine, _engine_labels(spec),
             {MARKET: "spot"} if spec.spot == "prefer" else {}, "engine.tensor_parallel or cluster.engine_cpus",
         ),
         _Need(
@@ -317,15 +318,16 @@ def _check_one(need: _Need, nodes: Sequence[NodeResources]) -> None:
 
 
 def _check_totals(
-    spec: ClusterSpec, tensor_parallel: int, placement: Placement, nodes: Sequence[NodeResources]
+    spec: ClusterSpec, tensor_parallel: int, placement: Placement, nodes: Sequence[NodeResources], per_actor: int
 ) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    if cpus < needed_cpus(spec):
+    if cpus < (reserved := needed_cpus(spec, per_actor)):
         raise PlacementError(
-            f"the recipe needs {needed_cpus(spec):g} CPUs (engines, trainers, runners, {DATA_CPUS:g} for Ray Data), "
+            f"the recipe needs {reserved:g} CPUs (engines, trainers, runners, {DATA_CPUS:g} for Ray Data), "
             f"the cluster has {cpus:g}; lower cluster.num_engines, cluster.engine_cpus or cluster.num_trainers"
         )
-    engines, trainers = spec.num_engines * tensor_parallel, spec.num_trainers * spec.gpus_per_trainer
+    engines = math.ceil(spec.num_engines / per_actor) * tensor_parallel
+    trainers = spec.num_trainers * spec.gpus_per_trainer
     wanted = 0.0 if not placement.on_gpus else engines if placement.time_shared else engines + trainers
     if gpus < wanted:
         raise PlacementError(

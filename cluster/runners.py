@@ -222,21 +222,26 @@ class Runners:
             except RayActorError:
                 await asyncio.sleep(0.5)
 
+    async def _enter_soon(self, runner: _Runner) -> None:
+        """For one that died idle, which nobody else would notice; the next time again."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._enter(runner), _ENTER_S)
+
     async def heard(self) -> tuple[list[Heard], Counter[str]]:
         """How each runner that answers gets on; and what all of them, the dead ones among them, have counted."""
         found = await asyncio.gather(
             *(asyncio.wait_for(as_future(one.actor.heard.remote()), 5.0) for one in self._runners),
             return_exceptions=True,
         )
-        total: Counter[str] = Counter()
+        total, idle = Counter[str](), list[_Runner]()
         for runner, heard in zip(self._runners, found, strict=True):
             if isinstance(heard, Heard):
                 runner.last = heard
             elif not runner.running:
-                with suppress(TimeoutError):  # it died idle, and nobody else would notice; next time again
-                    await asyncio.wait_for(self._enter(runner), _ENTER_S)
+                idle.append(runner)
             total.update(runner.past)
             total.update(runner.last.counts if runner.last else {})
+        await asyncio.gather(*map(self._enter_soon, idle))
         return [heard for heard in found if isinstance(heard, Heard)], total
 
     def stop(self) -> None:

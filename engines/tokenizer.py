@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from engines.models import ModelError, fetch, is_hub_name
+
+_spares_pytorch = False
+
+
+def spare_pytorch() -> None:
+    """For a process that runs no model: PyTorch, which transformers loads beside every tokenizer, stays out of it.
+
+    Of three seconds for the first tokenizer one is left, and 270 MB are spared; transformers has no models here then.
+    """
+    global _spares_pytorch
+    _spares_pytorch = True
+
+
+def _auto_tokenizer() -> Any:
+    if _spares_pytorch and not sys.modules.keys() & {"torch", "transformers"}:
+        modules, log = cast(dict[str, Any], sys.modules), logging.getLogger("transformers")
+        modules["torch"], log.disabled = None, True  # as if it were not installed, and without advice to install it
+        try:
+            from transformers import AutoTokenizer
+        finally:
+            del modules["torch"]
+            log.disabled = False
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 class Tokenizer:
@@ -17,10 +44,8 @@ class Tokenizer:
     """
 
     def __init__(self, model: str, revision: str | None = None) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+            self._tokenizer: Any = _auto_tokenizer().from_pretrained(model, revision=revision, trust_remote_code=False)
         except Exception as error:  # broken files end in whatever the library's parsers raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ModelError(f"{model}: the tokenizer cannot be loaded ({reason}); fetch the model again") from error

@@ -110,26 +110,28 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
     began = clock()
     with ray_session(recipe.cluster) as nodes:
         try:
-            placement = place(recipe.cluster, recipe.engine.tensor_parallel, nodes)
+            placement = place(recipe.cluster, recipe.engine.tensor_parallel, nodes, recipe.engine.num_per_actor)
         except PlacementError as error:
             raise UserError(str(error)) from None
         progress("", "engines", {"starting": recipe.cluster.num_engines})
         spec, cluster = engine_spec(recipe, student), recipe.cluster
-        filters_warm = asyncio.create_task(warm_filters())
+        filters_warm = asyncio.create_task(warm_filters())  # nobody needs them before the first rows are there
         try:
-            fleet = await start_engines(spec, cluster, placement)
-            await filters_warm
-        except EnginesLost as error:
-            raise TaskFailed(str(error)) from error
-        pool = Pool(fleet)
-        trainers = start_trainers(cluster, placement, fleet.actors)
-        progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
-        try:
-            yield Session(recipe, student, fleet, pool, trainers, clock() - began)
+            try:
+                fleet = await start_engines(spec, cluster, placement)
+            except EnginesLost as error:
+                raise TaskFailed(str(error)) from error
+            pool = Pool(fleet)
+            trainers = start_trainers(cluster, placement, fleet.actors)
+            progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
+            try:
+                yield Session(recipe, student, fleet, pool, trainers, clock() - began)
+            finally:
+                trainers.stop()
+                await pool.close()
+                stop_engines(fleet)
         finally:
-            trainers.stop()
-            await pool.close()
-            stop_engines(fleet)
+            await asyncio.gather(filters_warm, return_exceptions=True)
 
 
 def load_student(recipe: Recipe) -> Student:
@@ -181,7 +183,7 @@ def engine_spec(recipe: Recipe, student: Student) -> EngineSpec:
         max_model_len=student.max_model_len, max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens, gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_gib=engine.kv_cache_gib, block_size=engine.block_size, max_loras=0 if full else engine.max_loras,
-        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, per_actor=engine.per_actor,
+        max_lora_rank=recipe.finetuning.lora_rank, seed=recipe.seed, per_actor=engine.num_per_actor,
         tokens_per_s=engine.tokens_per_s, simulation=engine.simulation, faults=engine.faults,
         adapter_cache_gib=engine.adapter_cache_gib,
     )  # fmt: skip

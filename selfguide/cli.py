@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from engines.files import AnyPath
+from engines.tokenizer import spare_pytorch
 from selfguide import cli_checks, cli_demo, cli_replicate, cli_search, cli_submit, cli_sweep
 from selfguide.cli_options import (
     AsJson,
@@ -236,6 +237,7 @@ def main() -> None:
     """The console script: the user's mistakes are one line, bugs keep their traceback."""
     from selfguide.text import printable
 
+    spare_pytorch()
     if threading.current_thread() is threading.main_thread():
         _listen()
     try:

@@ -71,6 +71,11 @@ class Engine(Section):
     faults: Faults = Faults()
     """Simulated engines: what goes wrong (docs/simulation.md)."""
 
+    @property
+    def num_per_actor(self) -> int:
+        """Engines that share an actor, and what it reserves; a real one has its own."""
+        return self.per_actor if self.kind == "simulated" else 1
+
 
 class Sampling(Section):
     """Sampling parameters."""
@@ -288,7 +293,9 @@ class Recipe(Section):
         if annotation.orders > 1 or annotation.keep_best is not None:
             raise ValueError("annotation.stop_when_decided needs annotation.orders: 1 and no annotation.keep_best")
         if filters.vote.choose != "frequent" or filters.vote.min_share > 0.5:
-            raise ValueError("annotation.stop_when_decided needs a vote with choose: frequent and a min_share up to 0.5")
+            raise ValueError(
+                "annotation.stop_when_decided needs a vote with choose: frequent and a min_share up to 0.5"
+            )
         return filters
 
     @field_validator("finetuning")

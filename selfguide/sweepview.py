@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.placement import count
 from selfguide.text import printable
 
 EVENTS_VERSION = 1
@@ -83,7 +84,7 @@ class SweepView(AbstractContextManager["SweepView"]):
             return
         match event["event"]:
             case "engines" if "starting" in event:
-                self._note = f"starting {event['starting']} engines"
+                self._note = f"starting {count(event['starting'], 'engine')}"
                 self._speak(self._note)
             case "session_began":
                 self._session = event
@@ -127,7 +128,7 @@ class SweepView(AbstractContextManager["SweepView"]):
         self._console.print(Text(printable(line)), soft_wrap=True)
 
     def _beginning(self) -> str:
-        counts = (f"{self._session[key]} {key}" for key in ("engines", "runners", "trainers"))
+        counts = (count(self._session[f"{key}s"], key) for key in ("engine", "runner", "trainer"))
         return f"{', '.join(counts)}, ready in {self._session['start_s']:.0f} s"
 
     def _headline(self) -> str:

@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import pytest
 import pytest_asyncio
 
 from cluster.placement import ClusterSpec
-from selfguide.api import Session, open_session
+from selfguide import cli
+from selfguide.api import Session, engine_spec, load_student, open_session
 from selfguide.config import Recipe
 from selfguide.recipefile import load_recipe
 
@@ -22,12 +25,21 @@ pytest_plugins = ["ni_data", "lora", "tests.training"]
 
 REPO = Path(__file__).parent.parent
 EXAMPLES = REPO / "selfguide" / "examples"
+REAL_TRAINING = {"finetuning.simulated_tokens_per_s": 0}
+"""For `open_simulated`, where what is learnt matters."""
 
 
 class OpenSimulated(Protocol):
     """Opens a session of simulated engines: a recipe of its own from `smoke` and dotted changes."""
 
     def __call__(self, **changes: Any) -> AbstractAsyncContextManager[Session]: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pytorch_beside_commands() -> Iterator[None]:
+    """A command that runs in this process must not keep PyTorch from the tests after it."""
+    with patch.object(cli, "spare_pytorch"):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +72,27 @@ async def vllm_session(ray_cluster: dict[str, float], smoke_recipe: Recipe) -> A
         yield session
 
 
-@pytest.fixture(scope="session")
-def open_simulated(ray_cluster: dict[str, float], random_student: Path) -> OpenSimulated:
-    """Sessions whose engines answer without a model: `open_simulated(**{"synthesis.lag": 8})`."""
+@pytest_asyncio.fixture(scope="session")
+async def open_simulated(ray_cluster: dict[str, float], random_student: Path) -> AsyncIterator[OpenSimulated]:
+    """Sessions whose engines and trainers work without a model: `open_simulated(**{"synthesis.lag": 8})`.
 
-    def open_one(**changes: Any) -> AbstractAsyncContextManager[Session]:
-        settings = {"model.path": str(random_student), "engine.kind": "simulated", **changes}
-        return open_session(load_recipe("smoke", settings))
+    All that ask for the engines of `smoke` share them; changes of `engine`, `cluster` or the like get their own.
+    """
+    settings = {"model.path": str(random_student), "engine.kind": "simulated", "finetuning.simulated_tokens_per_s": 1e6}
+    common: list[Session] = []
 
-    return open_one
+    async with AsyncExitStack() as stack:
+
+        @asynccontextmanager
+        async def open_one(**changes: Any) -> AsyncIterator[Session]:
+            recipe, smoke = load_recipe("smoke", settings | changes), load_recipe("smoke", settings)
+            student = load_student(recipe)
+            if recipe.cluster != smoke.cluster or engine_spec(recipe, student) != engine_spec(smoke, student):
+                async with open_session(recipe) as own:
+                    yield own
+                return
+            if not common:
+                common.append(await stack.enter_async_context(open_session(smoke)))
+            yield replace(common[0], recipe=recipe, student=student)
+
+        yield open_one

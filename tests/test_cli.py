@@ -66,6 +66,13 @@ def test_nothing_heavy_is_loaded_before_a_verb_needs_it(code: str, argv: list[st
     assert not HEAVY & modules
 
 
+def test_a_tokenizer_is_loaded_without_pytorch(random_student: Path) -> None:
+    out, modules = loaded(MAIN, "validate", str(EXAMPLES / "sentiment.json"), "--model", str(random_student))
+    assert "sentiment" in out
+    assert "transformers" in modules
+    assert "torch" not in modules
+
+
 Main = Callable[..., tuple[int, str, str]]
 
 

@@ -27,6 +27,7 @@ from selfguide.sizes import checkpoint_bytes, read_size, readable_bytes, saved_b
 from selfguide.store import RunStore
 from selfguide.synthesis import SCHEMA, synthesis_stage, synthesize
 from selfguide.tasks import Task, load_task
+from tests.conftest import REAL_TRAINING
 
 EXAMPLES = Path(cli.__file__).parent / "examples"
 OpenSimulated = Callable[..., AbstractAsyncContextManager[Session]]
@@ -108,7 +109,7 @@ async def test_a_plan_and_the_run_agree(
 ) -> None:  # fmt: skip
     """One whole run: what was planned, what was done, and what it tells of the next one."""
     before = _by_stage(plan_run(task, recipe(), tmp_path / "out"))
-    async with open_simulated() as session:
+    async with open_simulated(**REAL_TRAINING) as session:
         await api.run(task, recipe(), tmp_path / "out", session=session)
     tree = _tree(tmp_path)
     finished = plan_run(task, recipe(), tmp_path / "out")

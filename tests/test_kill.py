@@ -15,9 +15,10 @@ from selfguide import api
 from selfguide.api import Session
 from selfguide.store import RunStore, leases
 from selfguide.tasks import load_task
+from tests.conftest import REAL_TRAINING
 
 SENTIMENT = Path(__file__).parent.parent / "selfguide" / "examples" / "sentiment.json"
-SLOW = {"engine.kind": "simulated", "engine.tokens_per_s": 20}
+SLOW = {"engine.kind": "simulated", "engine.tokens_per_s": 40}
 ROWS = {"synthesis.target_rows": None, "synthesis.num_candidates": 200}  # as the drill sets them
 KILLS = [
     Kill("synthesis", "actor", delay_s=0.5),
@@ -33,7 +34,7 @@ async def test_a_run_killed_in_every_stage_ends_as_if_undisturbed(
     open_simulated: Callable[..., AbstractAsyncContextManager[Session]], random_student: Path, tmp_path: Path
 ) -> None:
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "killed"
-    async with open_simulated(**SLOW, **ROWS) as session:
+    async with open_simulated(**ROWS, **REAL_TRAINING) as session:
         await api.run(load_task(SENTIMENT), session.recipe, undisturbed, session=session)
     settings = [f"{key}={value}" for key, value in SLOW.items()]
     committed = kill_and_resume(kill_drill.run_command(SENTIMENT, settings, str(random_student)), run)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,8 +23,9 @@ from selfguide.tasks import load_task
 NUM_PROMPTS = 200
 MAX_TOKENS = 8
 SMALL = {
-    "engine.kind": "simulated", "synthesis.num_candidates": 60, "finetuning.epochs": 1, "finetuning.min_steps": 0,
-    "finetuning.min_rows": 1, "filters.vote": {"min_share": 0.0}, "evaluation.num_instances": 20, "filters.pairs": [],
+    "engine.kind": "simulated", "synthesis.num_candidates": 60, "finetuning.simulated_tokens_per_s": 1e6,
+    "finetuning.min_steps": 0, "finetuning.min_rows": 1, "filters.vote": {"min_share": 0.0},
+    "evaluation.num_instances": 20, "filters.pairs": [],
     "filters.classification": {"samples": [], "pairs": [], "sets": []}, "evaluation.bootstrap_samples": 100,
 }  # fmt: skip
 
@@ -91,22 +91,22 @@ def test_transformers_and_vllm_agree_on_its_greedy_answers(prompts: list[list[in
     )
     theirs = json.loads(done.stdout.splitlines()[-1])
     assert len(theirs) == NUM_PROMPTS
-    assert theirs == [greedy(ids) for ids in prompts]
+    check_greedy(prompts, theirs)
 
 
-def greedy(ids: list[int], model: list[Any] = []) -> list[int]:  # noqa: B006  (loaded once)
-    """By plain transformers, no cache."""
+def check_greedy(prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """Each token is the likeliest after all before it, by plain transformers; only the last one ends the text."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    if not model:
-        model.append(AutoModelForCausalLM.from_pretrained(nano.STUDENT, dtype=torch.float32))
-    answer: list[int] = []
-    with torch.no_grad():
-        while len(answer) < MAX_TOKENS and (not answer or answer[-1] != model[0].config.eos_token_id):
-            logits = model[0](input_ids=torch.tensor([[*ids, *answer]])).logits[0, -1]
-            answer.append(int(logits.argmax()))
-    return answer
+    model = AutoModelForCausalLM.from_pretrained(nano.STUDENT, dtype=torch.float32)
+    ends = model.config.eos_token_id
+    for ids, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 : -1]
+        assert answer == logits.argmax(-1).tolist()
+        assert ends not in answer[:-1]
+        assert answer[-1] == ends or len(answer) == MAX_TOKENS
 
 
 async def test_the_demonstration_measures_all_its_tasks_and_goes_on(

@@ -184,6 +184,16 @@ def test_a_small_laptop_still_runs_everything_in_turn(monkeypatch: pytest.Monkey
     place(spec, 1, [NodeResources("this machine", local_cpus(spec))])
 
 
+def test_simulated_engines_reserve_what_their_actors_do() -> None:
+    spec, node = ClusterSpec(num_engines=800), NodeResources("simulator", 28)
+    assert needed_cpus(spec, per_actor=32) == 27.5
+    place(spec, 1, [node], per_actor=32)
+    with pytest.raises(PlacementError, match=r"needs 802\.5 CPUs"):
+        place(spec, 1, [node])
+    spread = place(spec, 1, [node, NodeResources("another", 4)], per_actor=32)
+    assert len(spread.engine_nodes) == 25
+
+
 @pytest.mark.parametrize("wanted", ["", "a b", "in()", "!!a", "in(a"])
 def test_labels_that_select_nothing_are_refused(wanted: str) -> None:
     with pytest.raises(ValidationError, match="selects no label"):

@@ -30,7 +30,7 @@ async def real_run(
     folder = tmp_path_factory.mktemp("real") / "run"
     settings: dict[str, Any] = {"model.path": str(random_student), "engine.kind": "simulated"}
     settings |= {"evaluation.demonstrations": "all", "synthesis.target_rows": 8, "synthesis.lag": 8}
-    settings |= {"finetuning.epochs": 1, "finetuning.batch_size": 8}
+    settings |= {"finetuning.simulated_tokens_per_s": 1e6}
     async with open_session(load_recipe("smoke", settings)) as session:
         return folder, await run(load_task(EXAMPLE), session.recipe, folder, session=session)
 

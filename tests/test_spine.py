@@ -221,12 +221,13 @@ async def test_a_changed_threshold_reruns_curation_alone(open_simulated: OpenSim
     changes = {"synthesis.target_rows": None, "synthesis.num_candidates": 40}
     made = []
     async with open_simulated(**changes) as session:
+        before = session.pool.counts.dispatched
         for share in (0.25, 0.75):
             recipe = Recipe.model_validate(session.recipe.model_dump() | _filters(session.recipe, min_share=share))
             now = task_run(replace(session, recipe=recipe), SENTIMENT, tmp_path / "run")
             candidates = await synthesize(now)
             made.append((candidates, await curate(now, candidates)))
-        dispatched = session.pool.counts.dispatched
+        dispatched = session.pool.counts.dispatched - before
     [(first, many), (second, few)] = made
     assert first == second
     assert dispatched <= 80

@@ -39,6 +39,7 @@ from selfguide.store import SHARD_ROWS, Journal, RunStore, Stage, TaskStore, lea
 from selfguide.sweep import run_jobs
 from selfguide.sweep.plan import plan_sweep
 from selfguide.tasks import load_task
+from tests.conftest import REAL_TRAINING
 from tests.test_store import HOLD, MADE_BY, SCHEMA, Writer, again, finish, rows, tell
 
 # Before Ray starts: its processes inherit them.
@@ -509,7 +510,7 @@ async def test_a_run_in_a_store_killed_and_resumed_equals_a_local_one(
     driver.bury()
     committed = Stage("synthesis", shards[0].parents[1], {}, []).committed()
     assert 0 < len(committed) < 200
-    async with open_simulated(**ROWS) as session:
+    async with open_simulated(**ROWS, **REAL_TRAINING) as session:
         task = load_task(SENTIMENT)
         await api.run(task, session.recipe, str(root), session=session)
         await api.run(task, session.recipe, tmp_path / "local", session=session)
@@ -550,7 +551,7 @@ def test_the_doctor_tries_the_store(root: Url, options: str, place: str, level: 
 
 async def test_a_sweep_in_a_store_is_read_not_made_again(open_simulated: OpenSimulated, root: Url) -> None:
     """Runners, workers of Ray Data and trainers write to it from processes of their own."""
-    async with open_simulated(**{"finetuning.simulated_tokens_per_s": 1e6}) as session:
+    async with open_simulated() as session:
         planned = plan_sweep([str(SENTIMENT)], session.recipe)
         outcomes = await run_jobs(planned.jobs, root, session=session)
         assert [one.state for one in outcomes] == ["done"], outcomes[0].reason

@@ -15,14 +15,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from selfguide import cli
 from selfguide.store import leases
 from selfguide.submission import name_job
 
@@ -32,7 +37,7 @@ RECIPE = """
 extends: smoke
 engine: {kind: simulated, faults: {hang_after: %d}}
 synthesis: {target_rows: null, num_candidates: 160, lag: 16}
-finetuning: {epochs: 1, batch_size: 16}
+finetuning: {simulated_tokens_per_s: 1.0e+6}
 evaluation: {controls: []}
 cluster: {address: 'ray://elsewhere:10001', limits: {stall_s: 3600}}
 """
@@ -111,16 +116,55 @@ def work(tmp_path: Path) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+SelfGuide = Callable[..., Done]
+
+
+def _call(argv: list[str], work: Path) -> Done:
+    os.chdir(work)
+    sys.argv, code = ["selfguide", *argv], None
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+    return Done(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def open_user(environment: Mapping[str, str]) -> ProcessPoolExecutor:
+    """A process with this environment, that Ray's client is loaded into once."""
+    return ProcessPoolExecutor(1, get_context("spawn"), _become, (environment,))
+
+
+def _become(environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def user(environment: dict[str, str]) -> Iterator[ProcessPoolExecutor]:
+    with open_user(environment) as user:
+        yield user
+
+
 @pytest.fixture
-def selfguide(environment: dict[str, str], work: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*argv: object, **changes: str) -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "selfguide"), *map(str, argv)]
-        return subprocess.run(command, cwd=work, env=environment | changes, capture_output=True, text=True)
+def selfguide(user: ProcessPoolExecutor, environment: dict[str, str], work: Path) -> SelfGuide:
+    """The command by the user; where its environment has `changes`, in a process of its own."""
+
+    def run(*argv: object, **changes: str) -> Done:
+        command = list(map(str, argv))
+        if not changes:
+            return user.submit(_call, command, work).result()
+        with open_user(environment | changes) as other:
+            return other.submit(_call, command, work).result()
 
     return run
-
-
-SelfGuide = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def listed(selfguide: SelfGuide) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
 from cluster.lane import Lane, Ticket
 from selfguide.api import Session
+from selfguide.cli import app
 from selfguide.config import Recipe
 from selfguide.errors import UserError
 from selfguide.methods import self_guide
@@ -27,7 +29,7 @@ from selfguide.sweep import Job, Outcome, run_jobs
 from selfguide.sweep.plan import Sweep, plan_sweep
 from selfguide.taskrun import TaskRun
 from selfguide.tasks import load_task
-from tests.conftest import OpenSimulated
+from tests.conftest import REPO, OpenSimulated
 
 FEW_ROWS = {
     "synthesis.target_rows": None, "synthesis.num_candidates": 12, "evaluation.num_instances": 8,
@@ -172,7 +174,7 @@ async def stumble(run: TaskRun, *, mended: str) -> dict[str, Any]:
     """A method with a bug, until the file `mended` is there."""
     if not Path(mended).exists():
         raise ZeroDivisionError("a bug\nin two lines")
-    return {"seen": run.task.name}
+    return {"seen": run.task.name, "pytorch": "torch" in sys.modules}
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ async def test_a_bug_is_told_with_its_traceback_and_ends_nothing_else(swept: Swe
     assert buggy.traceback is not None
     assert "in stumble" in buggy.traceback
     mended = swept.calls[3]["buggy"]
-    assert (mended.state, mended.result) == ("done", {"seen": "buggy"})
+    assert (mended.state, mended.result) == ("done", {"seen": "buggy", "pytorch": False})
 
 
 UNTUNED = {"base", "few_shot_icl", "filtered_decoding"}
@@ -374,6 +376,7 @@ def test_the_command_stops_goes_on_and_then_finds_nothing_to_do(random_student: 
     out = tmp_path / "run"
     command = [SELFGUIDE, "sweep", str(tmp_path / "tasks"), "--recipe", "simulated", "--out", str(out), "--json"]
     command += ["--model", str(random_student), "--set", "engine.simulation.start_s=0"]
+    command += ["--set", "synthesis.num_candidates=40", "--set", "finetuning.simulated_tokens_per_s=1e6"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     first = subprocess.Popen(
         ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command],
@@ -394,13 +397,20 @@ def test_the_command_stops_goes_on_and_then_finds_nothing_to_do(random_student: 
     assert sorted(event["task"] for event in events if event["event"] == "task") == ["a", "b"]
     files = [path for folder in ("sweep", "tasks") for path in (out / folder).rglob("*.*") if path.name != "sweep.json"]
     before = [path.stat() for path in files]
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert again.stdout == again.stderr == ""
+    again = CliRunner().invoke(app, command[1:])
+    assert (again.exit_code, again.output) == (0, "")
     assert [(one.stat().st_ino, one.stat().st_mtime_ns) for one in files] == [
         (one.st_ino, one.st_mtime_ns) for one in before
     ]
-    planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
+    planned = CliRunner().invoke(app, [*command[1:], "--dry-run"])
     assert json.loads(planned.stdout)["tasks"] == {"a": "done", "b": "done"}
+
+
+def test_make_says_where_tasks_come_from_before_anything_is_installed() -> None:
+    command = ["make", "-C", str(REPO), "sweep", "NI=/none", "PYTHON=false"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "\nselfguide data ni-v2 /none fetches NI-V2" in f"\n{done.stdout}"
 
 
 # ---- full weights

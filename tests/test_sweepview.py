@@ -132,6 +132,8 @@ def test_without_a_terminal_there_are_lines_now_and_then(plain: Seen) -> None:
     assert [line.split(" of ")[0] for line in lines[1:]] == ["30", "60", "90"]
     plain.view.hear(task("t7", "failed", "too few rows are left"))
     assert plain.lines()[-1] == "failed: t7: too few rows are left"
+    plain.view.hear(BEGAN | {"runners": 1})
+    assert plain.lines()[-1] == "64 engines, 1 runner, 2 trainers, ready in 12 s"
 
 
 def test_the_end_is_said() -> None:

@@ -203,7 +203,11 @@ async def test_of_many_samples_the_likeliest_are_kept(one_engine: Session, tmp_p
 
 async def test_samples_stop_where_the_vote_is_decided(one_engine: Session, tmp_path: Path) -> None:
     """The first of them are those of a full draw; decided rows elect, and keep, what their full draw does."""
-    changes: dict[str, Any] = {"annotation__constrain_labels": True, "filters__vote__min_share": 0.5, "annotation__num_samples": 10}
+    changes: dict[str, Any] = {
+        "annotation__constrain_labels": True,
+        "filters__vote__min_share": 0.5,
+        "annotation__num_samples": 10,
+    }
     early = make_run(one_engine, tmp_path / "early", CLASSIFICATION, annotation__stop_when_decided=True, **changes)
     whole = make_run(one_engine, tmp_path / "whole", CLASSIFICATION, **changes)
     pairs = list(zip((await synthesize(early)).rows(), (await synthesize(whole)).rows(), strict=True))

@@ -31,9 +31,9 @@ def _compute_on_one_thread() -> None:
 _OTHERS: set[int] = set()
 
 
-def open_process(jobs: int | None = None) -> ProcessPoolExecutor:
-    """A process on one thread; a new one after so many jobs."""
-    return ProcessPoolExecutor(1, get_context("spawn"), _compute_on_one_thread, max_tasks_per_child=jobs)
+def open_process(jobs: int | None = None, at_once: int = 1) -> ProcessPoolExecutor:
+    """A process on one thread, or some; a new one after so many jobs."""
+    return ProcessPoolExecutor(at_once, get_context("spawn"), _compute_on_one_thread, max_tasks_per_child=jobs)
 
 
 @pytest.fixture(scope="session")

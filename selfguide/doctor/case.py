@@ -35,7 +35,8 @@ _ASK_TOKENIZER = """
 import json, sys
 from engines.files import AnyPath
 from engines.models import ModelError
-from engines.tokenizer import load_tokenizer
+from engines.tokenizer import load_tokenizer, spare_pytorch
+spare_pytorch()
 try:
     tokenizer, template = load_tokenizer(sys.argv[1]), ""
     try:

@@ -33,7 +33,7 @@ def check_hardware(case: Case) -> Iterator[Finding]:
 
 
 def _check_cores(case: Case) -> Finding:
-    wanted, cores = needed_cpus(case.recipe.cluster), num_cores()
+    wanted, cores = needed_cpus(case.recipe.cluster, case.recipe.engine.num_per_actor), num_cores()
     found = f"{cores} usable, the recipe reserves {wanted:g} for engines, trainers, runners and filters"
     if case.address or wanted <= cores:
         return Finding("cores", "ok", found)

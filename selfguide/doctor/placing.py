@@ -68,15 +68,14 @@ def check_placement(case: Case) -> Iterator[Finding]:
         return
     recipe = case.recipe
     try:
-        placement = place(recipe.cluster, recipe.engine.tensor_parallel, case.nodes)
+        placement = place(recipe.cluster, recipe.engine.tensor_parallel, case.nodes, recipe.engine.num_per_actor)
     except PlacementError as error:
         yield Finding("placement", "error", str(error))
         return
     if case.address:
         cpus = sum(node.cpus for node in case.nodes)
-        yield Finding(
-            "needs", "ok", f"{needed_cpus(recipe.cluster):g} of {cpus:g} CPUs for engines, trainers and runners"
-        )
+        needed = needed_cpus(recipe.cluster, recipe.engine.num_per_actor)
+        yield Finding("needs", "ok", f"{needed:g} of {cpus:g} CPUs for engines, trainers and runners")
     yield Finding("placement", "ok", placement.describe(recipe.cluster))
     if placement.on_gpus and not placement.time_shared:
         yield from _check_ratio(case, placement, sum(node.gpus for node in case.nodes))

@@ -16,6 +16,7 @@ from cluster.pool import EnginesLost, Pool
 from cluster.runners import Hear, Worker
 from cluster.transforms import Transforms
 from engines.files import locate
+from engines.tokenizer import spare_pytorch
 from selfguide.errors import StageBusy, TaskFailed, UserError
 from selfguide.store import RunStore
 from selfguide.store.lease import SILENT_S
@@ -47,6 +48,7 @@ async def open_desk(setting: Setting, hear: Hear) -> AsyncIterator[Worker]:
     """One client of the engines, a student for each model that jobs name, curation of many tasks at once."""
     from selfguide.api import load_student
 
+    spare_pytorch()
     pool, store, transforms = Pool(setting.fleet), RunStore(locate(setting.out)), Transforms()
     students = {_speaks(setting.recipe): await asyncio.to_thread(load_student, setting.recipe)}
 
