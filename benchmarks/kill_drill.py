@@ -213,6 +213,7 @@ class Driver:
         self.family = [(pid, start_of(pid), command) for pid, command in family.items()]
         if victim == "driver":
             self._process.kill()
+            self._process.wait()  # it may be about to close a stage, whose shards then go
             return True
         pids = [pid for pid, command in family.items() if command.startswith(TITLES[victim])]
         for pid in pids[:1]:

@@ -26,7 +26,7 @@ _EXCLUDES = (".git", ".venv", "__pycache__", "/runs")
 _STOP_WAIT_S = 60
 _STOP = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}
 """Seconds between SIGTERM and SIGKILL: time to leave shards and leases in order."""
-_CONNECT_S = 5.0
+_CONNECT_S, _AGENT_S = 5.0, 60.0
 _MAX_DROPS, _RETRY_S, _MAX_RACES = 5, 1.0, 5
 _COMMAND_KEY = "selfguide_command"
 
@@ -135,15 +135,29 @@ def begin_job(
         new = f"{name}-{len(earlier) + 1}" if earlier else name
         with _explained(client.get_address()):
             try:
-                client.submit_job(
-                    entrypoint=entrypoint, submission_id=new, runtime_env=environment, metadata={_COMMAND_KEY: command}
-                )
+                _submit(
+                    client, entrypoint=entrypoint, submission_id=new, runtime_env=environment,
+                    metadata={_COMMAND_KEY: command},
+                )  # fmt: skip
             except RuntimeError as error:
                 if "already exists" in str(error):  # somebody was faster
                     continue
                 raise
         return find_job(client, new), True
     raise SubmitError(f"{name}: others submit it at the same time; choose another --name")
+
+
+def _submit(client: Any, **job: Any) -> None:
+    """A head that has only just started has nobody yet who takes jobs."""
+    until = time.monotonic() + _AGENT_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(_RETRY_S)
 
 
 def list_jobs(client: Any) -> list[ClusterJob]:

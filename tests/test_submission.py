@@ -103,6 +103,7 @@ class Server:
         self.known = {one.submission_id: one for one in known}
         self.faster: list[SimpleNamespace] = []
         self.logs: list[list[str | Exception]] = []
+        self.refusals = 0
 
     def get_address(self) -> str:
         return "http://head:8265"
@@ -114,6 +115,9 @@ class Server:
         return self.known[job_id]
 
     def submit_job(self, *, submission_id: str, entrypoint: str, metadata: dict[str, str], runtime_env: Any) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job")
         for other in self.faster:
             self.known[other.submission_id] = other
         self.faster = []
@@ -159,6 +163,18 @@ def test_jobs_of_others_are_not_listed_and_keep_their_ids() -> None:
         begin(server, "run", "x")
     foreign.status = "SUCCEEDED"
     assert begin(server, "run", "x") == ("job-2", True)
+
+
+def test_a_head_that_has_only_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "_RETRY_S", 0.0)
+    server = Server()
+    server.refusals = 7
+    assert begin(server, "run", "x") == ("job", True)
+    monkeypatch.setattr(ray_jobs, "_AGENT_S", -1.0)
+    gone = Server()
+    gone.refusals = 1
+    with pytest.raises(ray_jobs.SubmitError, match="No available agent"):
+        begin(gone, "run", "x")
 
 
 def test_a_job_is_sent_with_its_cluster_its_folder_and_its_environment() -> None:
