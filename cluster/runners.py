@@ -129,7 +129,7 @@ class _Dealt:
 class Runners:
     """The driver's side. Make it with `open_runners`."""
 
-    def __init__(self, start: Callable[[], Any], count: int, desk: Desk, setting: Any) -> None:
+    def __init__(self, start: Callable[..., Any], count: int, desk: Desk, setting: Any) -> None:
         self._start, self._desk, self._setting = start, desk, setting
         self._runners = [_Runner(start()) for _ in range(count)]
         self._waiting: deque[_Dealt] = deque()
@@ -189,7 +189,8 @@ class Runners:
             runner.running -= 1
 
     async def _isolate(self, dealt: _Dealt, done: Callable[[str, Any], None]) -> None:
-        actor = self._start()
+        # One more than was placed: it must not take the CPUs that Ray Data was left, which its own job may wait for.
+        actor = self._start(num_cpus=0)
         try:
             await actor.enter.remote(self._desk, self._setting)
             done(dealt.name, await actor.work.remote(dealt.name, dealt.job))
@@ -252,10 +253,12 @@ class Runners:
 @asynccontextmanager
 async def open_runners(cluster: ClusterSpec, desk: Desk, setting: Any) -> AsyncIterator[Runners]:
     """Starts `cluster.num_runners` runners, and ends them."""
-    remote = ray.remote(
-        num_cpus=cluster.runner_cpus, max_restarts=-1, max_task_retries=0, max_concurrency=10_000
-    )(RunnerActor)  # fmt: skip
-    runners = Runners(remote.remote, cluster.num_runners, desk, setting)
+    remote = ray.remote(max_restarts=-1, max_task_retries=0, max_concurrency=10_000)(RunnerActor)
+
+    def start(num_cpus: float = cluster.runner_cpus) -> Any:
+        return remote.options(num_cpus=num_cpus).remote()
+
+    runners = Runners(start, cluster.num_runners, desk, setting)
     try:
         await runners.enter()
         yield runners

@@ -56,13 +56,15 @@ class VllmEngine:
         began = time.monotonic()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._spec = spec
         self._folder = resolve_model(spec.model, spec.revision)
         self._progress = _Progress()
         self._llm = AsyncLLM.from_engine_args(
-            _engine_args(spec, self._folder), stat_loggers=[lambda *_: _progress_logger(self._progress)]
+            AsyncEngineArgs(**engine_args(spec, self._folder)),
+            stat_loggers=[_pulse(self._progress)],
         )
         self._loras: dict[str, Any] = {}
         self._lora_ids = itertools.count(1)
@@ -143,7 +145,7 @@ class VllmEngine:
             self._counts["in_flight"] -= 1
 
     async def _sample(self, request: Request) -> Outcome:
-        output = await self._run(request.id, request.prompt_ids, _sampling_params(request.sampling), request.adapter)
+        output = await self._run(request.id, request.prompt_ids, sampling_params(request.sampling), request.adapter)
         samples = tuple(
             Sample(o.text, list(o.token_ids), str(o.finish_reason), _finite(o.cumulative_logprob))
             for o in output.outputs
@@ -153,20 +155,16 @@ class VllmEngine:
 
     async def _score(self, request: ScoreRequest) -> Outcome:
         """Reads the prefix cache, many times faster, and checks that no cached position was taken for a score."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         if not request.completion_ids or not request.prefix_ids:
             return RequestFailed(request.id, "refused", "nothing to score: prefix and completion need a token each")
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False,
-                                skip_reading_prefix_cache=False, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+        params = scoring_params()
         ids = [*request.prefix_ids, *request.completion_ids]
         output = await self._run(request.id, ids, params, request.adapter)
-        logprobs = _completion_logprobs(output, request.completion_ids)
-        if logprobs is None or (output.num_cached_tokens or 0) > len(request.prefix_ids) - 1:
+        logprobs = completion_logprobs(output, request)
+        if logprobs is None:
             params.skip_reading_prefix_cache = True
             output = await self._run(f"{request.id}/again", ids, params, request.adapter)
-            logprobs = _completion_logprobs(output, request.completion_ids)
+            logprobs = completion_logprobs(output, request)
         if logprobs is None:
             return RequestFailed(request.id, "refused", "vLLM returned no log-probabilities for the completion")
         return Score(request.id, tuple(_finite(value) or 0.0 for value in logprobs))
@@ -229,30 +227,43 @@ class _Progress:
     steps: int = 0
 
 
-def _progress_logger(progress: _Progress) -> Any:
-    """vLLM calls a stat logger after every step that produced something: the engine's pulse."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
+def _pulse(progress: _Progress) -> type[Any]:
+    """vLLM calls a stat logger after every step that produced something: the engine's pulse. In the place of its own
+    for Prometheus, which nobody reads here and which takes longer than the rest of a small step."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    class Pulse(StatLoggerBase):
-        def __init__(self) -> None: ...
+    class Pulse(PrometheusStatLogger):
+        def __init__(self, *_: Any, **__: Any) -> None: ...
 
         def record(self, *_: Any, **__: Any) -> None:
             progress.steps += 1
 
+        def record_sleep_state(self, *_: Any, **__: Any) -> None: ...
+
         def log_engine_initialized(self) -> None: ...
 
-    return Pulse()
+    return Pulse
 
 
-def _engine_args(spec: EngineSpec, folder: Path) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
+def _settle() -> None:
+    """What vLLM does in its own server and core, and not for an `AsyncLLM`: modules and configs are not looked through
+    again at each collection of garbage, and the environment is read once."""
+    from vllm.envs import enable_envs_cache
+    from vllm.utils.gc_utils import freeze_gc_heap
+
+    freeze_gc_heap()
+    enable_envs_cache()
+
+
+def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
+    """What vLLM is started with; on CPUs it also sets the size of the key-value cache in this process's environment."""
     from vllm.platforms import current_platform
 
     args: dict[str, Any] = {
         "model": str(folder), "dtype": spec.dtype, "tensor_parallel_size": spec.tensor_parallel,
         "max_model_len": spec.max_model_len, "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens, "enforce_eager": spec.enforce_eager,
-        "seed": spec.seed, "trust_remote_code": False, "load_format": "safetensors", "enable_prefix_caching": True,
+        "seed": spec.seed, "trust_remote_code": False, "load_format": spec.load_format, "enable_prefix_caching": True,
         "use_tqdm_on_load": False, "disable_log_stats": False,
     }  # fmt: skip
     if spec.block_size:
@@ -280,10 +291,10 @@ def _engine_args(spec: EngineSpec, folder: Path) -> Any:
         args |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": True}
         if spec.tensor_parallel > 1:
             args["distributed_executor_backend"] = "mp"  # inside a placement group vLLM would pick "ray"
-    return AsyncEngineArgs(**args)
+    return args
 
 
-def _sampling_params(sampling: Sampling) -> Any:
+def sampling_params(sampling: Sampling) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -296,6 +307,16 @@ def _sampling_params(sampling: Sampling) -> Any:
     )  # fmt: skip
 
 
+def scoring_params() -> Any:
+    """Log-probabilities of the prompt; positions that the prefix cache holds are not computed and mean nothing. Flat: a
+    dict for each position costs more than the forward pass."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
+                          skip_reading_prefix_cache=False, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+
+
 def _first_token_params(tokens: Sequence[int]) -> Any:
     """One token is decoded and thrown away: what counts are the log-probabilities of `tokens` in its place."""
     from vllm import SamplingParams
@@ -305,13 +326,15 @@ def _first_token_params(tokens: Sequence[int]) -> Any:
                           output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
 
 
-def _completion_logprobs(output: Any, completion_ids: Sequence[int]) -> list[float] | None:
-    """The last of the prompt's log-probabilities, if they are the completion's and not leftovers of the cache."""
-    entries = (output.prompt_logprobs or [])[-len(completion_ids) :]
-    if len(entries) < len(completion_ids):
+def completion_logprobs(output: Any, request: ScoreRequest) -> list[float] | None:
+    """The last of the prompt's log-probabilities; None where they are leftovers of the cache, not the completion's."""
+    found, count = output.prompt_logprobs, len(request.completion_ids)
+    if (output.num_cached_tokens or 0) > len(request.prefix_ids) - 1:
         return None
-    found = [entry.get(token) if entry else None for entry, token in zip(entries, completion_ids, strict=True)]
-    return None if any(one is None for one in found) else [float(one.logprob) for one in found if one is not None]
+    # One entry for each position but the first: of the token that stands there.
+    if not found or list(found.token_ids[-count:]) != list(request.completion_ids):
+        return None
+    return list(found.logprobs[-count:])
 
 
 def _finite(logprob: float | None) -> float | None:

@@ -1,14 +1,20 @@
-"""The driver's side of the runners, against actors in this process."""
+"""Runners: the driver's side against actors in this process, and against real ones."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError
 
-from cluster.runners import Runners
+from cluster.placement import ClusterSpec
+from cluster.runners import Runners, Worker, open_runners
 
 
 class Dead:
@@ -37,3 +43,23 @@ async def test_runners_that_died_idle_are_waited_for_together() -> None:
     runners = Runners(start, 3, SimpleNamespace(), None)  # type: ignore[arg-type]
     assert await runners.heard() == ([], {})
     assert [one.lives for one in dead] == [1, 1, 1]
+
+
+async def test_a_job_by_itself_leaves_the_others_their_cpus(ray_cluster: dict[str, float], tmp_path: Path) -> None:
+    async def die_twice(folder: Path) -> int:
+        """In company; then, by itself, asks for the last free CPU as curation does."""
+        lives = len(list(folder.iterdir()))
+        (folder / str(lives)).touch()
+        if lives < 2:
+            os._exit(1)
+        return int(await ray.remote(num_cpus=1)(lambda: os.getpid()).remote())
+
+    @asynccontextmanager
+    async def open_desk(setting: Any, hear: Any) -> AsyncIterator[Worker]:
+        yield Worker(die_twice, dict, lambda: 0)
+
+    cluster, ends = ClusterSpec(runner_cpus=ray.available_resources()["CPU"] - 1), dict[str, Any]()
+    async with open_runners(cluster, open_desk, None) as runners:
+        await asyncio.wait_for(runners.run([("job", tmp_path)], ends.__setitem__), 120)
+    assert ends["job"] > 0
+    assert len(list(tmp_path.iterdir())) == 3
