@@ -1,6 +1,6 @@
 """A whole sweep over hundreds of simulated engines: how much of them it keeps busy, and what the runners cost.
 
-    python -m benchmarks.bench_scale NI_DIR --engines 64 256 > scale.json
+    python -m benchmarks.bench_scale NI_DIR [--quick] --engines 64 256 > scale.json
 
 Each run is `selfguide sweep` in a process of its own with the recipe `simulated`, whose engines answer at a set speed.
 Every number is read from the run folder. The ideal is what no scheduler can beat: all sequences in all slots without a

@@ -11,8 +11,10 @@ where they are not. The ratio is ours over the script's.
 from __future__ import annotations
 
 import argparse
+import io
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ def main() -> None:
         max_length=args.prompt_tokens + args.completion_tokens,
     )  # fmt: skip
     finetuner, jobs = Finetuner(), []
-    with tempfile.TemporaryDirectory(prefix="selfguide-sft-") as folder:
+    quiet = redirect_stdout(io.StringIO())  # TRL prints each step's loss
+    with tempfile.TemporaryDirectory(prefix="selfguide-sft-") as folder, quiet:
         path = write_rows(Path(folder) / "rows.parquet", student, args.rows, args.prompt_tokens, args.completion_tokens)
         for number in range(-1, args.repeats):  # the first lap loads what both need
             pair = ours(finetuner, spec, path, Path(folder) / f"ours-{number}"), bare(spec, path, Path(folder) / "bare")

@@ -16,9 +16,10 @@ from typing import Any
 from benchmarks.suite import BASELINES, REPO, SIZES, SUITE
 
 BEGIN, END = "<!-- made by benchmarks/performance.py: begin -->", "<!-- made by benchmarks/performance.py: end -->"
-LABEL, PLOT, VALUE, ROW, TOP = 300, 380, 170, 24, 44
+LABEL, PLOT, VALUE, ROW, TOP = 300, 380, 215, 24, 44
 """Widths of the picture's columns, height of a row, and where rows begin."""
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""What is greater is no ratio, and in the table alone."""
 INK, SOFT, GOOD, BAD = "#1f2328", "#8c959f", "#0969da", "#cf222e"
 Row = tuple[str, str, Mapping[str, Any]]
 
@@ -45,7 +46,7 @@ def render(baselines: Path, docs: Path) -> dict[Path, str]:
             rows = [(name, key, one) for name in SUITE if name in kept[size]
                     for key, one in kept[size][name]["ratios"].items()]  # fmt: skip
             title, picture = f"{path.stem}, {size} sizes", f"pictures/{path.stem}-{size}.svg"
-            pictures[docs / picture] = draw(title, rows)
+            pictures[docs / picture] = draw(title, [row for row in rows if row[2]["max"] <= TICKS[-1]])
             sections.append("\n".join([f"### {title}", "", f"![{title}]({picture})", "", *table(rows), ""]))
     text = "\n".join([before + BEGIN, "", *sections, END]) + rest.partition(END)[2]
     return {page: text, **pictures}
