@@ -62,12 +62,16 @@ SHARES = {
 SETTINGS = {
     "simulated": [
         "cluster.num_engines=8", "engine.per_actor=4", "cluster.num_runners=2", "cluster.num_trainers=2",
-        "cluster.tasks_in_flight=8", "cluster.limits.max_deaths=10000", "engine.tokens_per_s=120",
+        "cluster.tasks_in_flight=8", "cluster.limits.max_deaths=10000",
+        "cluster.limits.max_crashes=1000", "engine.tokens_per_s=120",
         "finetuning.simulated_tokens_per_s=80000", "synthesis.num_candidates=128", "synthesis.lag=64",
         "evaluation.controls=[]", "evaluation.bootstrap_samples=500",
     ],
-    "vllm": ["cluster.num_runners=2", "cluster.limits.max_deaths=10000", "synthesis.target_rows=null",
-             "synthesis.num_candidates=128", "evaluation.controls=[]", "evaluation.bootstrap_samples=500"],
+    "vllm": [
+        "cluster.num_runners=2", "cluster.limits.max_deaths=10000", "cluster.limits.max_crashes=1000",
+        "synthesis.target_rows=null", "synthesis.num_candidates=128", "evaluation.controls=[]",
+        "evaluation.bootstrap_samples=500",
+    ],
 }  # fmt: skip
 EVERY_S = {"simulated": 1.5, "vllm": 12.0}
 NUM_TASKS = {"simulated": 16, "vllm": 24}

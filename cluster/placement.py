@@ -42,6 +42,8 @@ class Limits(BaseModel):
     max_deaths: int = Field(default=40, ge=0)
     """After this many engine deaths, and one more for every thousand rows that were answered, the run stops; the same
     command resumes it. Nodes that are lost do not count, nor how many engines share a process."""
+    max_crashes: int = Field(default=3, ge=1)
+    """A finetuning job whose process has died this often without a new checkpoint between has failed, and its task."""
 
 
 class ClusterSpec(BaseModel):

@@ -26,21 +26,22 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.fleet import as_future
 from cluster.placement import ClusterSpec, Placement, trainer_options
 from cluster.turns import Turns
-from engines.files import AnyPath, Url, locate
+from engines.files import AnyPath, Url, list_folders, locate
 from engines.remote_training import train_by_url
 from engines.sft import PROGRESS_FILE, Finetuner
 from engines.simulated_sft import SimulatedFinetuner
 from engines.types import TrainResult, TrainSpec, UserError
 
 _POLL_S, _POLL_URL_S = 0.5, 5.0
-_MAX_CRASHES = 3
+_QUEUE_DEATHS = 3
 _LAST_WORDS_S = 5.0
 """How long the other processes of a sharded trainer have to say what became of them, once one has failed."""
 Progress = Callable[[dict[str, Any]], None]
 
 
 class TrainingFailed(Exception):
-    """The job itself raised, or its process died `_MAX_CRASHES` times. Checkpoints stay for the next try."""
+    """The job itself raised, or its process died `max_crashes` times without a new checkpoint. The next try goes on from
+    those that there are."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TrainerShape:
     """Whether its processes outlive a turn: a night, or a job where there are no nights. On a GPU that an engine takes
     in turn they must not: the last of a process's CUDA memory goes with the process."""
     start_s: float = 900.0
+    max_crashes: int = 3
 
 
 class Trainers:
@@ -62,7 +64,7 @@ class Trainers:
     def __init__(self, shapes: Sequence[TrainerShape], engines: Sequence[Any] = (), turn_tasks: int = 1) -> None:
         """`engines` are the actors that sleep while trainers work; none where trainers need no turns."""
         # Ray sends a call again to a queue that it has restarted; the job then goes on from its last checkpoint.
-        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=_MAX_CRASHES)(TrainerQueue)
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=_QUEUE_DEATHS)(TrainerQueue)
         self._queue = remote.remote(shapes, engines, turn_tasks)
 
     async def train(
@@ -100,8 +102,9 @@ class Trainers:
 def start_trainers(cluster: ClusterSpec, placement: Placement, engines: Sequence[Any]) -> Trainers:
     """Trainers as the cluster holds them. A process starts with the first job that needs it."""
     num_processes, stays = max(1, int(placement.gpus_per_trainer)), not (placement.time_shared and placement.on_gpus)
+    bounds = (cluster.limits.start_s, cluster.limits.max_crashes)
     shapes = [
-        TrainerShape(trainer_options(cluster, placement, number), num_processes, stays, cluster.limits.start_s)
+        TrainerShape(trainer_options(cluster, placement, number), num_processes, stays, *bounds)
         for number in range(cluster.num_trainers)
     ]
     return Trainers(shapes, engines if placement.time_shared else (), cluster.turn_tasks)
@@ -177,6 +180,12 @@ class TrainerQueue:
         await asyncio.gather(*(trainer.end_turn() for trainer in self._idle))
 
 
+def _last_step(work: str) -> int:
+    """The step of the last checkpoint, of a simulated job the epoch."""
+    parts = (folder.name.split("-") for folder in list_folders(locate(work)))
+    return max((int(part[1]) for part in parts if part[0] in ("checkpoint", "epoch") and len(part) == 2), default=-1)
+
+
 async def _end(job: asyncio.Task[Any]) -> None:
     job.cancel()
     await asyncio.wait([job])
@@ -194,15 +203,18 @@ class _Trainer:
         self._group: Any = None
 
     async def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
-        for attempt in range(1, _MAX_CRASHES + 1):
+        crashes, reached = 0, -1
+        while True:
             try:
                 return await self._try(spec, rows, work)
             except RayTaskError as error:
                 raise TrainingFailed(str(error.cause)) from error
             except (RayActorError, OutOfMemoryError) as error:
-                if attempt == _MAX_CRASHES:
-                    raise TrainingFailed(f"the trainer's process died {attempt} times (out of memory?)") from error
-        raise AssertionError("unreachable")
+                step = await asyncio.to_thread(_last_step, work)
+                crashes, reached = (1 if step > reached else crashes + 1), max(step, reached)
+                if crashes == self._shape.max_crashes:
+                    reason = f"the trainer's process died {crashes} times without a checkpoint between (out of memory?)"
+                    raise TrainingFailed(reason) from error
 
     async def _try(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         calls: list[asyncio.Future[TrainResult]] = []

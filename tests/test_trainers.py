@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
-from cluster.trainers import TrainerActor, Trainers, TrainerShape, TrainingFailed, free_port
+from cluster.trainers import TrainerActor, Trainers, TrainerShape, TrainingFailed, _Trainer, free_port
 from engines.adapters import check_adapter, check_weights
 from engines.sft import PROGRESS_FILE, train
 from engines.types import TrainResult, TrainSpec
@@ -266,6 +267,22 @@ async def test_what_can_never_start_is_given_up(
     async with open_trainers(num_cpus=1000, start_s=0.1) as none:
         with pytest.raises(TrainingFailed, match="is a node with 1000 CPUs free"):
             await none.train(spec, rows, make_work(tmp_path / "work"))
+
+
+async def test_a_job_gets_on_by_checkpoints_or_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, spec: TrainSpec, tmp_path: Path
+) -> None:
+    """Its processes die again and again, at first with a checkpoint more each time."""
+    steps = [2, 2, 4, 6, 6, 6]
+
+    async def die(trainer: _Trainer, spec: TrainSpec, rows: str, work: str) -> TrainResult:
+        (Path(work) / f"checkpoint-{steps.pop(0)}").mkdir(exist_ok=True)
+        raise RayActorError
+
+    monkeypatch.setattr(_Trainer, "_try", die)
+    with pytest.raises(TrainingFailed, match="died 3 times without a checkpoint"):
+        await _Trainer(TrainerShape({"num_cpus": 1})).train(spec, "", str(tmp_path))
+    assert steps == []
 
 
 # ---- several processes
