@@ -40,8 +40,8 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 class TrainingFailed(Exception):
-    """The job itself raised, or its process died `max_crashes` times without a new checkpoint. The next try goes on from
-    those that there are."""
+    """The job itself raised, or its process died `max_crashes` times without a new checkpoint. Another try goes
+    on from those that there are."""
 
 
 @dataclass(frozen=True)
