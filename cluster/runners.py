@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ Hear = Callable[[str, str, Mapping[str, Any]], None]
 Desk = Callable[[Any, Hear], AbstractAsyncContextManager["Worker"]]
 """What is passed to the runners: given the setting, it sets up in the runner's process whatever jobs share."""
 
-_ENTER_S = 10.0
+_ANSWER_S = 5.0
 _BLAMED_AFTER = 2
 """Deaths in company before a job runs by itself, and deaths by itself before it is given up."""
 
@@ -42,8 +43,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class Heard:
-    """How a runner gets on. `active` has for each stage the jobs in it and their rows; CPU is the process's."""
+    """How a runner gets on. `active` has for each stage the jobs in it and their rows; CPU is the process's, of which
+    `life` is the name."""
 
+    life: str
     active: Mapping[str, tuple[int, int]]
     counts: Mapping[str, int]
     room: int
@@ -60,6 +63,7 @@ class RunnerActor:
     """One process. In each of its lives `enter` comes first; until then everything else waits."""
 
     def __init__(self) -> None:
+        self._life = uuid.uuid4().hex
         self._stack = AsyncExitStack()
         self._worker: asyncio.Future[Worker] | None = None
         self._entered = asyncio.Event()
@@ -97,7 +101,7 @@ class RunnerActor:
             tasks, total = active.get(stage, (0, 0))
             active[stage] = (tasks + 1, total + rows)
         jobs = len({job for job, _ in self._stages})
-        return Heard(active, worker.counts(), worker.room(), jobs, rss_bytes(), time.process_time())
+        return Heard(self._life, active, worker.counts(), worker.room(), jobs, rss_bytes(), time.process_time())
 
     async def leave(self) -> None:
         await self._stack.aclose()
@@ -108,6 +112,7 @@ class _Runner:
     actor: Any
     running: int = 0
     last: Heard | None = None
+    entering: asyncio.Task[None] | None = None
     past: Counter[str] = field(default_factory=Counter)
     """What its former lives had counted."""
 
@@ -223,30 +228,29 @@ class Runners:
             except RayActorError:
                 await asyncio.sleep(0.5)
 
-    async def _enter_soon(self, runner: _Runner) -> None:
-        """For one that died idle, which nobody else would notice; the next time again."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._enter(runner), _ENTER_S)
-
     async def heard(self) -> tuple[list[Heard], Counter[str]]:
         """How each runner that answers gets on; and what all of them, the dead ones among them, have counted."""
         found = await asyncio.gather(
-            *(asyncio.wait_for(as_future(one.actor.heard.remote()), 5.0) for one in self._runners),
+            *(asyncio.wait_for(as_future(one.actor.heard.remote()), _ANSWER_S) for one in self._runners),
             return_exceptions=True,
         )
-        total, idle = Counter[str](), list[_Runner]()
+        total = Counter[str]()
         for runner, heard in zip(self._runners, found, strict=True):
             if isinstance(heard, Heard):
+                if runner.last is not None and runner.last.life != heard.life:
+                    self._bury(runner)
                 runner.last = heard
-            elif not runner.running:
-                idle.append(runner)
+            elif runner.entering is None or runner.entering.done():
+                # It may have died idle, and jobs that it was dealt before anybody knew would wait in its next life.
+                runner.entering = asyncio.create_task(self._enter(runner))
             total.update(runner.past)
             total.update(runner.last.counts if runner.last else {})
-        await asyncio.gather(*map(self._enter_soon, idle))
         return [heard for heard in found if isinstance(heard, Heard)], total
 
     def stop(self) -> None:
         for runner in self._runners:
+            if runner.entering is not None:
+                runner.entering.cancel()
             ray.kill(runner.actor)
 
 

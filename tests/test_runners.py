@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ class Dead:
         self.lives += 1
 
 
-async def test_runners_that_died_idle_are_waited_for_together() -> None:
+async def test_runners_that_died_idle_are_entered_together() -> None:
     together, dead = asyncio.Barrier(3), list[Dead]()
 
     def start() -> Dead:
@@ -42,6 +43,7 @@ async def test_runners_that_died_idle_are_waited_for_together() -> None:
 
     runners = Runners(start, 3, SimpleNamespace(), None)  # type: ignore[arg-type]
     assert await runners.heard() == ([], {})
+    await asyncio.gather(*(one.entering for one in runners._runners if one.entering))
     assert [one.lives for one in dead] == [1, 1, 1]
 
 
@@ -63,3 +65,25 @@ async def test_a_job_by_itself_leaves_the_others_their_cpus(ray_cluster: dict[st
         await asyncio.wait_for(runners.run([("job", tmp_path)], ends.__setitem__), 120)
     assert ends["job"] > 0
     assert len(list(tmp_path.iterdir())) == 3
+
+
+async def test_a_job_dealt_to_a_runner_that_died_idle_is_not_forgotten(ray_cluster: dict[str, float]) -> None:
+    async def say_pid(job: None) -> int:
+        return os.getpid()
+
+    @asynccontextmanager
+    async def open_desk(setting: Any, hear: Any) -> AsyncIterator[Worker]:
+        yield Worker(say_pid, dict, lambda: 0)
+
+    ends = dict[str, Any]()
+    async with open_runners(ClusterSpec(runner_cpus=0), open_desk, None) as runners:
+        await runners.run([("first", None)], ends.__setitem__)
+        os.kill(ends["first"], signal.SIGKILL)
+        while True:  # until its next life is there, into which nobody has entered
+            with suppress(RayActorError):
+                await runners._runners[0].actor.__ray_ready__.remote()
+                break
+        second = asyncio.create_task(runners.run([("second", None)], ends.__setitem__))
+        while not second.done():
+            await runners.heard()
+    assert ends["first"] != ends["second"]
