@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.pool_workloads import TEXT
 from benchmarks.ratio import emit, ratio, spread
 from cluster.fleet import start_engines, stop_engines
 from cluster.placement import ClusterSpec, place
@@ -40,7 +41,6 @@ from selfguide.records import ACCEPTED, Ledger
 from selfguide.store import SHARD_ROWS, RunStore
 
 FLOOR = 1.25
-TEXT = "the river moved slowly past old stone houses while children counted boats, and nobody asked them why."
 SCHEMA = pa.schema([
     ("row", pa.int32()), ("state", pa.string()), ("filter", pa.string()), ("reason", pa.string()),
     ("texts", pa.list_(pa.string())),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.random_model import _character_logprobs, _write_tokenizer
+from engines.random_model import character_logprobs, write_tokenizer
 
 CONSTANT = 64.0
 """Of the constant direction; what the layers add stays small beside it."""
@@ -42,7 +42,7 @@ def make_dummy_model(folder: Path, shape: Shape, *, seed: int = 0) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True)
-    alphabet = _write_tokenizer(folder, chat=False)
+    alphabet = write_tokenizer(folder, chat=False)
     torch.manual_seed(seed)
     config = LlamaConfig(
         **vars(shape), tie_word_embeddings=False, initializer_range=0.02, bos_token_id=None,
@@ -55,7 +55,7 @@ def make_dummy_model(folder: Path, shape: Shape, *, seed: int = 0) -> None:
         torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         _quieten(model)
-        known = torch.tensor([*_character_logprobs(alphabet), -9.0, NEVER, NEVER])
+        known = torch.tensor([*character_logprobs(alphabet), -9.0, NEVER, NEVER])
         logprobs = torch.full((shape.vocab_size,), NEVER)
         logprobs[: len(known)] = known
         model.model.embed_tokens.weight[:, 0] = CONSTANT

@@ -30,6 +30,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from benchmarks.processes import GONE_S, Process, bury_all, descendants, living, start_of
 from selfguide.environment import environment
 from selfguide.records import ACCEPTED
 from selfguide.store import Artifact, RunStore
@@ -48,9 +49,6 @@ SETTINGS = {"synthesis.target_rows": "null", "synthesis.num_candidates": "200"}
 TITLES = {"actor": "ray::EngineActor", "core": "VLLM::EngineCore", "trainer": "ray::TrainerActor.train"}
 RAY_AGENTS = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")
 """They do no work of ours, and look for their dead head for a minute before they end."""
-GONE_S = 120.0
-Process = tuple[int, str, str]
-"""A process id, its start (together they are never used again), and its command line."""
 Row = dict[str, Any]
 
 
@@ -275,52 +273,6 @@ def state_of(folder: Path, stage: str) -> str:
 def stage_seconds(folder: Path) -> dict[str, float]:
     """How long each stage took; of the evaluations, the last."""
     return {one.stage: one.marker["seconds"] for one in artifacts(folder) if one.stage in STAGES}
-
-
-# ---- processes
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Children of a process, their children and so on, with their command lines."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        parent = read(stat).rpartition(")")[2].split()[1:2]
-        if parent:
-            children.setdefault(int(parent[0]), []).append(int(stat.parent.name))
-    found, queue = {}, children.get(pid, [])
-    while queue:
-        child = queue.pop()
-        found[child] = read(Path(f"/proc/{child}/cmdline")).replace("\0", " ").strip()
-        queue += children.get(child, [])
-    return found
-
-
-def living(processes: Iterable[Process]) -> list[int]:
-    return [pid for pid, started, _ in processes if started and start_of(pid) == started]
-
-
-def bury_all(processes: Sequence[Process]) -> int:
-    """How many are still there after all time that they may need; they are ended."""
-    due = time.monotonic() + GONE_S
-    while (left := living(processes)) and time.monotonic() < due:
-        time.sleep(0.2)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    return len(left)
-
-
-def start_of(pid: int) -> str:
-    """Clock ticks from boot to the process's start; empty where it has ended, also where nobody has noticed yet."""
-    fields = read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return fields[19] if fields and fields[0] not in ("Z", "X") else ""
-
-
-def read(path: Path) -> str:
-    """A process may end at any time."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 # ---- comparing

@@ -48,6 +48,7 @@ def render(baselines: Path, docs: Path) -> dict[Path, str]:
             title, picture = f"{path.stem}, {size} sizes", f"pictures/{path.stem}-{size}.svg"
             pictures[docs / picture] = draw(title, [row for row in rows if row[2]["max"] <= TICKS[-1]])
             sections.append("\n".join([f"### {title}", "", f"![{title}]({picture})", "", *table(rows), ""]))
+    sections = sections or ["None are kept yet."]
     text = "\n".join([before + BEGIN, "", *sections, END]) + rest.partition(END)[2]
     return {page: text, **pictures}
 

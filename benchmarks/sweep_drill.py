@@ -33,20 +33,16 @@ from benchmarks.kill_drill import (
     REPO,
     Counts,
     Driver,
-    Process,
     Row,
-    bury_all,
     compare_task,
-    descendants,
     final_rows,
     finish,
-    living,
     methods,
     rows_in,
     say,
     shards,
-    start_of,
 )
+from benchmarks.processes import Process, bury_all, descendants, living, start_of
 from selfguide.environment import environment
 from selfguide.store import Artifact, RunStore
 

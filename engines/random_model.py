@@ -27,7 +27,7 @@ def make_random_model(folder: Path, *, seed: int = 0, chat: bool = False) -> Pat
     if not (folder / "config.json").is_file():
         beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         beside.mkdir(parents=True)
-        token_bytes = _write_tokenizer(beside, chat)
+        token_bytes = write_tokenizer(beside, chat)
         _write_weights(beside, token_bytes, seed)
         try:
             beside.rename(folder)
@@ -36,7 +36,7 @@ def make_random_model(folder: Path, *, seed: int = 0, chat: bool = False) -> Pat
     return folder
 
 
-def _write_tokenizer(folder: Path, chat: bool) -> list[str]:
+def write_tokenizer(folder: Path, chat: bool) -> list[str]:
     """256 byte tokens, then the specials; returns the byte tokens' alphabet in the order of their ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def _write_tokenizer(folder: Path, chat: bool) -> list[str]:
     return alphabet
 
 
-def _character_logprobs(alphabet: list[str]) -> list[float]:
+def character_logprobs(alphabet: list[str]) -> list[float]:
     """Log-probability of each byte token under the prior; what is no letter, space or newline shares the rest."""
     weights = {"Ċ": _NEWLINE_SHARE, "Ġ": _SPACE_SHARE}
     norm = sum(1 / (i + 3) for i in range(len(_LETTERS)))
@@ -81,7 +81,7 @@ def _write_weights(folder: Path, alphabet: list[str], seed: int) -> None:
         dtype="float32",
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    logprobs = torch.tensor([*_character_logprobs(alphabet), -9.0, -12.0, -12.0])
+    logprobs = torch.tensor([*character_logprobs(alphabet), -9.0, -12.0, -12.0])
     with torch.no_grad():
         embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
         embeddings[:, 0] = 8.0  # the constant direction; the final norm leaves most of its length there

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kill_drill
+from benchmarks import kill_drill, processes
 from benchmarks.kill_drill import Counts, Driver, Kill
 from selfguide import api
 from selfguide.api import Session
@@ -58,7 +58,7 @@ def kill_and_resume(command: list[str], run: Path) -> dict[tuple[Path, int], kil
         if kill.victim != "driver":
             continue
         driver.bury()
-        assert not kill_drill.living(driver.workers)
+        assert not processes.living(driver.workers)
         held = leases(run)
         assert not any(alive for _, alive in held)
         assert kill.stage in {lease.parents[2].name for lease, _ in held}, "the stage was not under way"

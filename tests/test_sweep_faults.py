@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from benchmarks.kill_drill import content, descendants
+from benchmarks.kill_drill import content
+from benchmarks.processes import descendants
 from selfguide.api import Session
 from selfguide.store import RunStore
 from selfguide.sweep import Job, Outcome, run_jobs

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.kill_drill import descendants
+from benchmarks.processes import descendants
 from engines.models import model_digest
 from engines.sft import PROGRESS_FILE
 from engines.tokenizer import load_tokenizer
