@@ -109,7 +109,8 @@ async def test_a_node_that_is_taken_away_costs_no_row_and_blames_none(
     assert (totals["engine_deaths"], totals["poisoned"]) == (0, 0), "a node's loss was counted against its engines"
     lines = [line for path in out.glob("tasks/*/*/*/events.jsonl") for line in path.read_text().splitlines()]
     deaths = [event for event in map(json.loads, lines) if event["event"] == "engine_died"]
-    assert any(event["rows"] for event in deaths), "no row was in the engines"
+    # Ray may have put the runner on the lost node; then nobody is left who could tell which rows it had in flight.
+    assert totals["runner_deaths"] or any(event["rows"] for event in deaths), "no row was in the engines"
     assert not any(event["blame"] for event in deaths)
     async with open_simulated(**ROWS) as session:
         runs = [

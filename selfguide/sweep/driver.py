@@ -165,7 +165,7 @@ class _Watch:
         self._last: dict[int, EngineStats] = {}
         self._heard: list[Heard] = []
         self._counts: Counter[str] = Counter()
-        self._running = self._waiting = 0
+        self._running = self._waiting = self._runner_deaths = 0
 
     def begin(self, session: Session) -> None:
         cluster = session.recipe.cluster
@@ -188,7 +188,7 @@ class _Watch:
         self, heard: list[Heard], counts: Counter[str], stats: Sequence[EngineStats | None], runners: Runners
     ) -> None:
         self._heard, self._counts = heard, counts
-        self._running, self._waiting = runners.num_running, runners.num_waiting
+        self._running, self._waiting, self._runner_deaths = runners.num_running, runners.num_waiting, runners.num_deaths
         for number, now in enumerate(stats):
             if now is None:
                 continue
@@ -229,6 +229,7 @@ class _Watch:
             "rows": counts["answered"], "prompt_tokens": counts["prompt_tokens"],
             "output_tokens": counts["output_tokens"], "cached_tokens": counts["cached_tokens"],
             "engine_deaths": counts["deaths"], "stale": counts["stale"], "poisoned": counts["poisoned"],
+            "runner_deaths": self._runner_deaths,
             "engine_busy_s": round(self._sums.busy_s, 3), "engine_awake_s": round(self._sums.awake_s, 3),
             "engine_sequence_s": round(self._sums.sequence_s, 3), "engine_starved_s": round(self._sums.starved_s, 3),
             "driver_rss_bytes": rss_bytes(), "runner_rss_bytes": [one.rss_bytes for one in self._heard],
