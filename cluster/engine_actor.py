@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cluster.placement import Limits
 from engines.types import EngineDead, EngineSpec, EngineStats, Outcome, Work, num_sequences
 
 _GATHER_S = 0.01
-"""How long answers are gathered before they travel: engines finish many rows in one step."""
+"""How long answers are gathered at least before they travel: engines finish many rows in one step."""
 _FORGET_S = 300.0
 """Answers are kept so long for a client that does not fetch them."""
 _WAIT_S = 30.0
@@ -89,6 +90,7 @@ class EngineActor:
         self._tasks: set[asyncio.Task[None]] = set()
         last_words = _exit if count == 1 else _say
         self._berths = [Berth(spec, first + slot, last_words) for slot in range(count)]
+        self._a_load = share_of_slots(spec.max_num_seqs * count)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def ready(self) -> tuple[str, list[tuple[float, ...]]]:
@@ -157,16 +159,20 @@ class EngineActor:
             mailbox.reply.outcomes += outcomes
             mailbox.rung.set()
 
-    async def collect(self, client: str) -> Reply:
-        """Waits for answers to this client's rows, and gives all that are there."""
+    async def collect(self, client: str, patience_s: float = 0.0) -> Reply:
+        """Waits for answers to this client's rows, and gives all that are there.
+
+        A client of many callers has patience: it would rather have a message of many rows, if the engines stay full.
+        """
         mailbox = self._mail.setdefault(client, _Mailbox(self._life))
         mailbox.asked = time.monotonic()
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(mailbox.rung.wait(), _WAIT_S)
-            if not mailbox.reply.begun:
+            until = time.monotonic() + patience_s
+            while not mailbox.reply.begun:
                 await asyncio.sleep(_GATHER_S)
-        except TimeoutError:
-            pass
+                if time.monotonic() >= until or len(mailbox.reply.outcomes) >= self._a_load:
+                    break
         reply = mailbox.take()
         for slot, here in enumerate(self._clients):
             if client in here:
@@ -235,6 +241,12 @@ class EngineActor:
             _exit(reason)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(berth.doom, reason)
+
+
+def share_of_slots(slots: int) -> int:
+    """Rows that are worth a message, of those that this many slots hold: what a client keeps ahead is several times
+    as much."""
+    return max(1, slots // 8)
 
 
 def _say(reason: str) -> None:

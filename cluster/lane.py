@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,24 @@ class Router:
         self._lanes = [lane for lane in lanes if not lane.set_aside]
         self._set_aside = [lane for lane in lanes if lane.set_aside] or self._lanes
         self._orders: dict[tuple[str, bool], list[Lane]] = {}
+        self._free: list[tuple[float, int]] = []  # a heap of (load when looked at, number of the lane)
+
+    def look(self) -> None:
+        """Which engines have room, before rows are routed: until the next look they only fill up."""
+        self._free = [(lane.load, number) for number, lane in enumerate(self._lanes) if lane.has_room]
+        heapq.heapify(self._free)
+
+    def _least_loaded(self) -> Lane | None:
+        while self._free:
+            load, number = self._free[0]
+            lane = self._lanes[number]
+            if not lane.has_room:
+                heapq.heappop(self._free)
+            elif lane.load > load:
+                heapq.heapreplace(self._free, (lane.load, number))
+            else:
+                return lane
+        return None
 
     def route(self, affinity: str, adapter: AdapterRef | None) -> Lane | None:
         """None: wait."""
@@ -125,8 +144,7 @@ class Router:
             home = next((lane for lane in self._order(affinity, whole) if lane.state == "ready"), None)
             if home is not None and home.has_room and home.load < 1:
                 return home
-        free = [lane for lane in self._lanes if lane.has_room]
-        return min(free, key=lambda lane: lane.load) if free else None
+        return self._least_loaded()
 
     def free_of_suspects(self, adapter: AdapterRef | None) -> Lane | None:
         """An engine in which rows can run by themselves, once the others have left."""

@@ -22,7 +22,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster.berth import differs
 from cluster.channel import Channel, Journal, PoolCounts
-from cluster.engine_actor import Parcel, Reply
+from cluster.engine_actor import Parcel, Reply, share_of_slots
 from cluster.fleet import EnginesLost, Fleet, as_future, engine_stats, went_with_its_node
 from cluster.lane import Host, Lane, Router, Ticket
 from engines.types import Completion, EngineStats, Outcome, RequestFailed, Work, num_prompt_tokens
@@ -33,10 +33,10 @@ _DEATHS_TO_BLAME = 2
 TURN_ROWS = 32
 """Rows that a task may send before the others have their turn."""
 _PUMP_S = 0.005
-"""Rows that become ready within this time travel together."""
+"""Rows that become ready within this time travel together; with many callers, those of a while."""
 _ROWS_PER_DEATH = 1000
 _FEW_CHANNELS = 8
-_PATIENCE_S, _MOST_PATIENCE_S = 0.002, 0.2
+_PATIENCE_S, _MOST_PATIENCE_S = 0.01, 0.5
 """How long a caller's answers are gathered, for each caller, and at most."""
 _PING_S = 5.0
 _DEAD_FOR_GOOD = 5
@@ -62,6 +62,8 @@ class Pool:
         self._suspects: deque[list[Ticket]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pump_due: asyncio.TimerHandle | None = None
+        self._a_load = share_of_slots(fleet.slots * fleet.num_engines)
+        self._num_stirred = 0  # rows that came up or were answered since rows last went out
         self._dispatches = self._num_channels = 0
         self.counts = PoolCounts()
 
@@ -123,7 +125,7 @@ class Pool:
             self._suspects.append([ticket])
         else:
             self._wait(ticket)
-        self._schedule_pump()
+        self._schedule_pump(1)
 
     def _wait(self, ticket: Ticket, *, first: bool = False) -> None:
         waiting = ticket.channel.waiting
@@ -131,12 +133,20 @@ class Pool:
             self._turns.append(ticket.channel)
         waiting.appendleft(ticket) if first else waiting.append(ticket)
 
-    def _schedule_pump(self) -> None:
-        if self._pump_due is None:
-            self._pump_due = asyncio.get_running_loop().call_later(_PUMP_S, self._pump)
+    def _schedule_pump(self, num_stirred: int = 0) -> None:
+        """At once where many rows have come up or been answered, and after what is no row's; else with patience."""
+        self._num_stirred += num_stirred or self._a_load
+        loop, delay_s = asyncio.get_running_loop(), _PUMP_S
+        if self._num_stirred < self._a_load:
+            delay_s = max(_PUMP_S, self.patience_s / 2)
+        if self._pump_due is not None:
+            if self._pump_due.when() <= loop.time() + delay_s:
+                return
+            self._pump_due.cancel()
+        self._pump_due = loop.call_later(delay_s, self._pump)
 
     def _pump(self) -> None:
-        self._pump_due = None
+        self._pump_due, self._num_stirred = None, 0
         if all(lane.state == "lost" for lane in self._lanes):
             self._fail_all(EnginesLost("every engine is lost; see the engines' logs, then run the same command again"))
             return
@@ -156,6 +166,7 @@ class Pool:
 
     def _take_turns(self, parcels: dict[Host, list[tuple[Lane, Parcel]]]) -> None:
         """Round after round, until no engine has room for what waits."""
+        self._router.look()
         num_blocked, full = 0, False
         while self._turns and num_blocked < len(self._turns):
             channel = self._turns.popleft()
@@ -212,7 +223,7 @@ class Pool:
         try:
             while host.num_in_flight:
                 try:
-                    reply: Reply = await host.actor.collect.remote(self._name)
+                    reply: Reply = await host.actor.collect.remote(self._name, self.patience_s)
                 except RayActorError as error:
                     await self._lose(host, error)
                     continue
@@ -238,7 +249,7 @@ class Pool:
             lane = by_slot[slot]
             lane.others, lane.clients = max(0, sequences - lane.sequences), max(1, clients)
         if not reply.empty:
-            self._schedule_pump()
+            self._schedule_pump(len(reply.outcomes))
 
     def _settle(self, outcome: Outcome) -> None:
         lane = self._at.pop(outcome.id, None)

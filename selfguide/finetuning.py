@@ -78,7 +78,9 @@ async def _finetune(run: TaskRun, stage: Stage, sources: Sequence[_Source], leas
                     )
                 result = await _train(run, stage, rows, heard_as)
                 _keep_weights(stage, result)
-                stage.finish(rows, SCHEMA, ledger, train=_described(result))
+                # What the trainer read is what is kept, unless it was not shown all.
+                whole = ledger.accepted == ledger.candidates
+                stage.finish(_train_file(stage) if whole else rows, SCHEMA, ledger, train=_described(result))
     assert stage.done is not None
     return read_adapter(stage.done)
 
@@ -112,7 +114,7 @@ def _training_row(run: TaskRun, source: _Source) -> dict[str, Any]:
 
 
 async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]], heard_as: str) -> TrainResult:
-    path, work = stage.work / "train.parquet", stage.work / "trainer"
+    path, work = _train_file(stage), stage.work / "trainer"
     work.mkdir(exist_ok=True)
     write_rows(path, [row for row in rows if row["state"] == ACCEPTED], SCHEMA)
 
@@ -123,6 +125,10 @@ async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]], heard_a
         return await run.trainers.train(train_spec(run), path, work, hear)
     except TrainingFailed as error:
         raise TaskFailed(f"{run.task.name}: finetuning failed: {error}") from error
+
+
+def _train_file(stage: Stage) -> Any:
+    return stage.work / "train.parquet"
 
 
 def train_spec(run: TaskRun) -> TrainSpec:

@@ -36,7 +36,7 @@ class Turnstile:
         self._came.set()
         return "life"
 
-    async def _collect(self, client: str) -> Reply:
+    async def _collect(self, client: str, patience_s: float) -> Reply:
         await self._came.wait()
         answered, self._held = self._held[: self._at_a_time], self._held[self._at_a_time :]
         if not self._held:

@@ -332,7 +332,7 @@ def start_stutterer() -> Any:
             self.reply.outcomes += [Completion(row.id, ()) for one in parcels for row in one.rows for _ in range(2)]
             return "life"
 
-        async def collect(self, client: str) -> Reply:
+        async def collect(self, client: str, patience_s: float) -> Reply:
             reply, self.reply = self.reply, Reply("life")
             return reply
 

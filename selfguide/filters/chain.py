@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from selfguide.calibration import calibrate
-from selfguide.filters.base import Context, RowFilter, SetFilter, normalise
+from selfguide.filters.base import Context, RowFilter, SetFilter, normalise, normalised
 from selfguide.filters.duplicates import Duplicate
 from selfguide.filters.labels import ValidLabel
 from selfguide.records import ACCEPTED, REJECTED
@@ -40,6 +40,9 @@ class Chain:
 
     def apply(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Adds `filter` and `reason`: of the first filter that turns a row away, null where none does."""
+        return self.plan(rows.lazy()).collect()
+
+    def plan(self, rows: pl.LazyFrame) -> pl.LazyFrame:
         return rows.with_columns(self._reasons).with_columns(self._verdict).drop(self._names)
 
 
@@ -56,9 +59,11 @@ class InputJudge:
     def judge(self, texts: Sequence[str], tokens: Sequence[int], finish: Sequence[str]) -> list[tuple[str, str] | None]:
         """Filter and reason for each text that is turned away, None for one that stays."""
         columns = {"text": list(texts), "tokens": list(tokens), "finish_reason": list(finish)}
-        rows = self._chain.apply(pl.DataFrame(columns, schema=INPUTS))
+        # In one plan: batches are of few rows, and each plan costs as much as hundreds of them.
+        keyed = pl.LazyFrame(columns, schema=INPUTS).with_columns(normalised("text").alias("key"))
+        rows = self._chain.plan(keyed).select("key", "filter", "reason").collect(engine="in-memory")
         verdicts: list[tuple[str, str] | None] = []
-        for key, name, reason in zip(normalise(list(texts)), rows["filter"], rows["reason"], strict=True):
+        for key, name, reason in rows.iter_rows():
             if self._distinct and key in self._seen and name not in self._before:
                 name, reason = "duplicate", "seen before"
             verdicts.append((name, reason) if name is not None else None)
