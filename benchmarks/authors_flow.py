@@ -91,7 +91,7 @@ def start_engine(run: TaskRun, clock: Clock, *, lora: bool = False) -> Any:
 
 
 def ask(
-    run: TaskRun, llm: Any, prompts: Sequence[list[int]], sampling: Sampling, purpose: str, first: int = 0,
+    run: TaskRun, llm: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, purpose: str, first: int = 0,
     n: int = 1, choices: Sequence[str] = (), **more: Any,
 ) -> list[list[Any]]:  # fmt: skip
     """The samples of each prompt; rows are numbered from `first` on."""
@@ -107,7 +107,7 @@ def ask(
         )
         for row in range(first, first + len(prompts))
     ]  # fmt: skip
-    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
     return [list(one.outputs) for one in llm.generate(asked, params, use_tqdm=False, **more)]
 
 
@@ -131,7 +131,7 @@ def write_inputs(run: TaskRun, folder: Path, clock: Clock) -> Json:
     return {"candidates": config.num_candidates, "accepted": len(accepted), "output_tokens": tokens}
 
 
-def draw_input(run: TaskRun, row: int, accepted: Sequence[Json]) -> tuple[list[int], str | None]:
+def draw_input(run: TaskRun, row: int, accepted: Sequence[Json]) -> tuple[Sequence[int], str | None]:
     """Prompt and label; demonstrations are drawn from all earlier rounds."""
     config, draw = run.recipe.synthesis, random.Random(run.row_seed("demonstrations", row))
     label = draw.choice(run.task.labels) if run.is_classification else None
@@ -156,9 +156,9 @@ def write_outputs(run: TaskRun, folder: Path, clock: Clock) -> Json:
     kept = judged.filter(pl.col("filter").is_null()).select("input", "text").rows()
     length, shown = run.recipe.finetuning.max_length, run.num_demonstrations
     pairs = [run.prompts.training(text, output, length, shown) for text, output in kept]
-    pl.DataFrame({"input_ids": [ids for ids, _ in pairs], "prompt_tokens": [cut for _, cut in pairs]}).write_parquet(
-        folder / "train.parquet"
-    )
+    pl.DataFrame(
+        {"input_ids": [list(ids) for ids, _ in pairs], "prompt_tokens": [cut for _, cut in pairs]}
+    ).write_parquet(folder / "train.parquet")
     samples = [one for found in answers for one in found]
     tokens = sum(len(one.token_ids) for one in samples)
     return {"samples": len(samples), "kept": len(kept), "output_tokens": tokens}

@@ -90,7 +90,8 @@ class SimulatedEngine:
         self._running: list[tuple[float, int, _Row]] = []
         self._free = spec.max_num_seqs
         self._prefilled = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0
         self._waiters: set[asyncio.Future[None]] = set()
         self._num_begun = 0
         self._answers = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
@@ -229,9 +230,10 @@ class SimulatedEngine:
         end = self._running[0][0]
         due = min(max(end, ceil(end / TICK_S) * TICK_S), self._dies_at, now + _PULSE_S)
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._due <= due:
                 return
             self._timer.cancel()
+        self._due = due  # not the handle's `when`: uvloop's has none where the moment is past
         self._timer = asyncio.get_running_loop().call_at(due, self._on_timer, due)
 
     def _on_timer(self, due: float) -> None:

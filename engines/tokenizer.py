@@ -76,7 +76,7 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, specials: bool = False) -> str:
         """Text of the tokens; with `specials` also of those that are no text, such as the end of a turn."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not specials))
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not specials))
 
     def check_chat_template(self) -> None:
         """Raises `ModelError` where the template fails, or leaves out what user or assistant say."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.trainers import TrainingFailed
@@ -110,7 +111,7 @@ def _training_row(run: TaskRun, source: _Source) -> dict[str, Any]:
     except TooLong as error:
         why = {"state": REJECTED, "filter": "max_length", "reason": str(error)}
         return row | why | {"prompt_tokens": None, "input_ids": None}
-    return row | {"prompt_tokens": cut, "input_ids": ids}
+    return row | {"prompt_tokens": cut, "input_ids": np.frombuffer(ids, np.int32)}
 
 
 async def _train(run: TaskRun, stage: Stage, rows: list[dict[str, Any]], heard_as: str) -> TrainResult:

@@ -34,9 +34,12 @@ class TooLong(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids ready to send, the text that they stand for, and how many demonstrations it shows."""
+    """Token ids ready to send, the text that they stand for, and how many demonstrations it shows.
 
-    ids: list[int]
+    The ids are an array of C ints, which is put together and sent as bytes: prompts have thousands of them.
+    """
+
+    ids: array[int]
     text: str
     num_gold: int
     num_synthetic: int = 0
@@ -59,7 +62,7 @@ class Prompts:
         self._chat = chat
         self._limit = max_model_len
         self._parts: dict[tuple[Any, ...], _Parts] = {}
-        self._head_ids: dict[str, list[int]] = {}
+        self._head_ids: dict[str, array[int]] = {}
         self._tails: dict[str, array[int]] = {}
 
     @property
@@ -80,7 +83,7 @@ class Prompts:
         wanted = len(gold) if num_gold is None else min(num_gold, len(gold))
         for shown in range(wanted, -1, -1):
             parts = self._fixed(("answer", order and tuple(order), shown), self._answer_parts, gold[:shown])
-            ids = self._join(parts, self._varying(text))
+            ids = self._join(parts, self._tail_ids(self._varying(text) + parts.close))
             if len(ids) + max_tokens <= self._limit:
                 return Prompt(ids, parts.head + self._varying(text) + parts.close, shown)
         raise TooLong(self._too_long(len(ids), max_tokens))
@@ -117,12 +120,12 @@ class Prompts:
 
     def training(
         self, text: str, output: str, max_length: int, num_gold: int | None, order: Sequence[int] | None = None
-    ) -> tuple[list[int], int]:
+    ) -> tuple[array[int], int]:
         """Token ids of what `answer` sends, then of the output; and how many of them are the prompt's."""
         completion = self._tokenizer.encode(self._completion(output))
         room = min(max_length, self._limit)
         prompt = self.answer(text, len(completion) + self._limit - room, num_gold, order)
-        return prompt.ids + completion, len(prompt.ids)
+        return prompt.ids + array("i", completion), len(prompt.ids)
 
     def parse_output(self, text: str) -> str:
         """The output in what came back."""
@@ -163,7 +166,7 @@ class Prompts:
             key = ("input", order, num_gold, label is not None)
             parts = self._fixed(key, self._input_parts, gold[:num_gold], label is not None)
             varying = self._varying_inputs(synthetic[:num_synthetic], label)
-            ids = self._join(parts, varying)
+            ids = self._join(parts, self._encode(varying + parts.close))  # hardly ever the same twice
             if len(ids) + max_tokens <= self._limit:
                 return Prompt(ids, parts.head + varying + parts.close, num_gold, num_synthetic)
         raise TooLong(self._too_long(len(ids), max_tokens))
@@ -214,23 +217,26 @@ class Prompts:
             self._parts[key] = render(*args)
         return self._parts[key]
 
-    def _join(self, parts: _Parts, varying: str) -> list[int]:
+    def _join(self, parts: _Parts, tail: array[int]) -> array[int]:
         if parts.head not in self._head_ids:
             bos = [self._tokenizer.bos_id] if self._tokenizer.bos_id is not None and not self._chat else []
-            self._head_ids[parts.head] = bos + self._tokenizer.encode(parts.head)
-        return self._head_ids[parts.head] + list(self._tail_ids(varying + parts.close))
+            self._head_ids[parts.head] = array("i", bos) + self._encode(parts.head)
+        return self._head_ids[parts.head] + tail
+
+    def _encode(self, text: str) -> array[int]:
+        return array("i", self._tokenizer.encode(text))
 
     def _tail_ids(self, text: str) -> array[int]:
         """Base, controls and tuned student ask with the same texts, and training rows repeat what annotation asked."""
         if text not in self._tails:
             if len(self._tails) == _MOST_TAILS:
                 del self._tails[next(iter(self._tails))]
-            self._tails[text] = array("i", self._tokenizer.encode(text))
+            self._tails[text] = self._encode(text)
         return self._tails[text]
 
     def num_fixed(self, ids: Sequence[int]) -> int:
         """How many of a prompt's first tokens are its fixed part, of those that were rendered here."""
-        heads = (len(head) for head in self._head_ids.values() if list(ids[: len(head)]) == head)
+        heads = (len(head) for head in self._head_ids.values() if array("i", ids[: len(head)]) == head)
         return max(heads, default=0)
 
     def _varying(self, text: str) -> str:

@@ -240,7 +240,7 @@ class _Synthesis:
             logprobs=part != "input" and self._annotation.keep_best is not None,
         )  # fmt: skip
 
-    def _request(self, row: int, part: str, ids: list[int], sampling: Sampling | None) -> Work:
+    def _request(self, row: int, part: str, ids: Sequence[int], sampling: Sampling | None) -> Work:
         """Without `sampling`, the labels are weighed."""
         name = f"{self._rows[row]['id']}/{part}"
         self._sent[name] = (row, part)

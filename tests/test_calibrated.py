@@ -145,7 +145,7 @@ def test_label_tokens_are_those_of_a_training_row(random_student: Path, tmp_path
     prompts = Prompts(SENTIMENT, tokenizer, 8192, chat=chat)
     for label, ids in zip(SENTIMENT.labels, prompts.label_ids, strict=True):
         row, cut = prompts.training("Some input.", label, 8192, None)
-        assert row[cut : cut + len(ids)] == ids
+        assert list(row[cut : cut + len(ids)]) == ids
         assert tokenizer.decode(row[cut + len(ids) :], specials=True) == tokenizer.eos_text
         assert row[:cut] == prompts.answer("Some input.", 100).ids
     assert prompts.label_room == 1 + max(map(len, prompts.label_ids))

@@ -58,7 +58,7 @@ def prompts() -> list[list[int]]:
         task = load_task(nano.TASKS / f"{name}.json")
         asking = Prompts(task, student.tokenizer, student.max_model_len, chat=False)
         instances = task.instances[: -(-NUM_PROMPTS // len(names))]
-        found += [asking.answer(one.input, MAX_TOKENS, None).ids for one in instances]
+        found += [list(asking.answer(one.input, MAX_TOKENS, None).ids) for one in instances]
     return found[:NUM_PROMPTS]
 
 

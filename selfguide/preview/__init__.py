@@ -6,6 +6,7 @@ The rows are the first ones of a run with the same recipe: same prompts, same se
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -108,10 +109,10 @@ def _describe_prompt(run: TaskRun, tap: Tap, request_id: str) -> dict[str, Any] 
     from engines.types import Request
 
     request = tap.sent[request_id]
-    return _cut_prompt(run, list(request.prompt_ids if isinstance(request, Request) else request.prefix_ids))
+    return _cut_prompt(run, request.prompt_ids if isinstance(request, Request) else request.prefix_ids)
 
 
-def _cut_prompt(run: TaskRun, ids: list[int]) -> dict[str, Any]:
+def _cut_prompt(run: TaskRun, ids: Sequence[int]) -> dict[str, Any]:
     cut, decode = run.prompts.num_fixed(ids), run.student.tokenizer.decode
     fixed, varying = decode(ids[:cut], specials=True), decode(ids[cut:], specials=True)
     return {"fixed_tokens": cut, "varying_tokens": len(ids) - cut, "fixed": fixed, "varying": varying}
