@@ -13,6 +13,8 @@ from engines.types import AdapterRef, Work, num_sequences
 if TYPE_CHECKING:
     from cluster.channel import Channel
 
+_ROUNDS = 4
+"""So many times an engine's slots are filled with rows of one adapter before a busy engine more has to load it."""
 _AHEAD = 1.75
 """An engine's window, in multiples of its slots: while rows that end are on their way, others are there already."""
 
@@ -107,14 +109,16 @@ class Lane:
 class Router:
     """Rows of one affinity go to the same engine while it has a free slot, then to the least loaded.
 
-    Rows with an adapter stay at home as long as its window allows, since every engine that gets one has to load it.
-    Full weights go to the engines set aside for them, where there are any, and nothing else does.
+    Every engine that gets an adapter runs empty before it loads it: rows with one stay where it is, and go to a further
+    engine only where many wait, or it is idle. Full weights go to the engines set aside for them, where there are any,
+    and nothing else does.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = [lane for lane in lanes if not lane.set_aside]
         self._set_aside = [lane for lane in lanes if lane.set_aside] or self._lanes
         self._orders: dict[tuple[str, bool], list[Lane]] = {}
+        self._serving: dict[str, dict[str, list[Lane]]] = {}  # by affinity and adapter, the engines that got it
         self._free: list[tuple[float, int]] = []  # a heap of (load when looked at, number of the lane)
 
     def look(self) -> None:
@@ -134,17 +138,27 @@ class Router:
                 return lane
         return None
 
-    def route(self, affinity: str, adapter: AdapterRef | None) -> Lane | None:
-        """None: wait."""
-        whole = adapter is not None and adapter.kind == "full"
+    def route(self, affinity: str, adapter: AdapterRef | None, num_waiting: int = 1) -> Lane | None:
+        """Where the next of `num_waiting` rows goes. None: wait."""
         if adapter is not None:
-            order = self._order(affinity or adapter.digest, whole)
-            return next((lane for lane in order if lane.has_room), None)
+            return self._route_adapter(affinity or adapter.digest, adapter, num_waiting)
         if affinity:
-            home = next((lane for lane in self._order(affinity, whole) if lane.state == "ready"), None)
+            home = next((lane for lane in self._order(affinity, False) if lane.state == "ready"), None)
             if home is not None and home.has_room and home.load < 1:
                 return home
         return self._least_loaded()
+
+    def _route_adapter(self, affinity: str, adapter: AdapterRef, num_waiting: int) -> Lane | None:
+        serving = self._serving.setdefault(affinity, {}).setdefault(adapter.digest, [])
+        if found := next((lane for lane in serving if lane.has_room), None):
+            return found
+        order = self._order(affinity, adapter.kind == "full")
+        further = next((lane for lane in order if lane.has_room and lane not in serving), None)
+        num_serving = sum(lane.state == "ready" for lane in serving)
+        if further is None or (further.load and num_waiting <= _ROUNDS * further.slots * num_serving):
+            return None
+        serving.append(further)
+        return further
 
     def free_of_suspects(self, adapter: AdapterRef | None) -> Lane | None:
         """An engine in which rows can run by themselves, once the others have left."""
@@ -154,6 +168,7 @@ class Router:
     def forget(self, affinity: str) -> None:
         self._orders.pop((affinity, False), None)
         self._orders.pop((affinity, True), None)
+        self._serving.pop(affinity, None)
 
     def _order(self, affinity: str, whole: bool) -> list[Lane]:
         """The same in every client, and nearly the same with one engine more or less (rendezvous hashing)."""

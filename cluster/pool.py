@@ -106,8 +106,9 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Sequences that could go into free slots now, and that no row here waits for."""
-        if self._turns or self._suspects:
+        """Sequences that could go into free slots now, and that no row here waits for; those with an adapter wait for
+        the engines that have it."""
+        if self._suspects or any(channel.waiting[0].adapter is None for channel in self._turns):
             return 0
         return sum(max(0, lane.slots - lane.sequences - lane.others) for lane in self._lanes if lane.state == "ready")
 
@@ -170,8 +171,8 @@ class Pool:
         num_blocked, full = 0, False
         while self._turns and num_blocked < len(self._turns):
             channel = self._turns.popleft()
-            adapter = channel.waiting[0].adapter
-            lane = None if full and adapter is None else self._router.route(channel.affinity, adapter)
+            adapter, num_waiting = channel.waiting[0].adapter, len(channel.waiting)
+            lane = None if full and adapter is None else self._router.route(channel.affinity, adapter, num_waiting)
             if lane is None:
                 num_blocked, full = num_blocked + 1, full or adapter is None
             else:

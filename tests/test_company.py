@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.berth import Berth
+from cluster.channel import Channel
 from cluster.engine_actor import Parcel, Reply
 from cluster.fleet import Fleet
+from cluster.lane import Host, Lane, Router, Ticket
 from cluster.placement import Limits
 from cluster.pool import TURN_ROWS, Pool
 from engines.types import AdapterRef, Completion, EngineSpec, Outcome, Request, Sampling, Work
@@ -105,3 +107,38 @@ async def test_no_more_adapters_are_live_than_the_engine_has_seats_and_all_are_a
     parcels = [rows_of("base", 8)] + [rows_of(one.digest, 8, one) for one in adapters for _ in range(3)]
     assert await asyncio.gather(*map(ask, parcels)) == [8] * len(parcels)
     assert 2 <= most <= 4
+
+
+def test_rows_with_an_adapter_stay_where_it_is_unless_many_wait() -> None:
+    lanes = [Lane(f"engine-{i}", Host(None, ""), i, slots=4) for i in range(8)]
+    channel = Channel(Pool(Fleet((None,), ("",), 1, 1, 4, 0, (), Limits())), "task", None, frozenset())
+    router, ref = Router(lanes), AdapterRef("tuned", "", 8, "", "lora")
+    for lane in lanes:
+        lane.others = 4  # all are busy
+    taken: list[Lane] = []
+
+    def send(num_waiting: int) -> None:
+        if lane := router.route("task", ref, num_waiting):
+            [row] = rows_of("task", 1, ref)
+            lane.take(Ticket(row, channel), str(len(taken)))
+            taken.append(lane)
+
+    for _ in range(20):
+        send(num_waiting=16)
+    assert len(taken) == lanes[0].window
+    assert len(set(taken)) == 1, "four rounds of its slots are no reason to empty another engine"
+    send(num_waiting=17)
+    assert len(set(taken)) == 2
+    send(num_waiting=1)
+    assert taken[-1] is taken[-2], "it is loaded there by now"
+    for lane in set(lanes) - set(taken):
+        lane.others = 0
+    for _ in range(2 * lanes[0].window):
+        send(num_waiting=1)
+    assert len(set(taken)) > 2, "an idle engine has nothing to lose"
+    for lane in set(taken):
+        lane.state = "down"
+    before = len(taken)
+    send(num_waiting=1)
+    assert len(taken) == before + 1
+    assert taken[-1].state == "ready"

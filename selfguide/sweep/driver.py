@@ -32,7 +32,7 @@ _POLL_S = 1.0
 _TOTALS_S = 10.0
 MOST_TASKS_A_RUNNER = 128
 """Each task under way holds its file's rows in memory, some megabytes."""
-_AHEAD = 2.5
+_AHEAD = 4.0
 """Rows that tasks could have under way at once, in multiples of the slots: windows take 1.75, and not all of a task's
 stages have rows to send."""
 _IDLE_SHARE = 0.02
