@@ -97,8 +97,8 @@ class Berth:
 
     @asynccontextmanager
     async def _inside(self, ref: AdapterRef | None, alone: bool) -> AsyncIterator[str]:
-        """Yields why the adapter cannot be served; "" where it is. vLLM has mixed up adapters that were loaded during
-        decoding: they are loaded when nothing is inside, all that anybody waits for at once."""
+        """Yields why the adapter cannot be served; "" where it is. Adapters are loaded beside running rows, all that
+        anybody waits for at once; other weights when nothing is inside."""
         missing, name = not self._engine.serves(ref), ref.digest if ref is not None else ""
         if missing and ref is not None:
             self._refused.pop(name, None)  # a file that was not there may have come
@@ -115,7 +115,10 @@ class Berth:
         def needed() -> bool:
             return not self._engine.serves(ref) and name not in self._refused
 
-        async with self._gate.shared(prepare if missing else None, needed):
+        def beside() -> bool:
+            return ref is not None and ref.kind == "lora" and self._engine.serves(None)
+
+        async with self._gate.shared(prepare if missing else None, needed, beside):
             refused = self._refused.get(name, "")
             if not self._engine.serves(ref) and not refused:
                 # Other weights were loaded, or the engine died, while this call stood at the door.

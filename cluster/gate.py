@@ -19,13 +19,17 @@ class Gate:
 
     @asynccontextmanager
     async def shared(
-        self, prepare: Callable[[], Awaitable[None]] | None = None, needed: Callable[[], bool] = lambda: True
+        self,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+        needed: Callable[[], bool] = lambda: True,
+        beside: Callable[[], bool] = lambda: False,
     ) -> AsyncIterator[None]:
-        """Inside with others. `prepare` is awaited first, at the door, once nobody is inside any more, unless those
-        who stood at the door before have seen to it: then it is not `needed`."""
+        """Inside with others. `prepare` is awaited first, at the door, unless those who stood at the door before have
+        seen to it: then it is not `needed`. Nobody is inside meanwhile, unless it may run `beside` them."""
         async with self._door:
             if prepare is not None and needed():
-                await self._empty.wait()
+                if not beside():
+                    await self._empty.wait()
                 await prepare()
             self._inside += 1
             self._empty.clear()

@@ -109,9 +109,9 @@ class Lane:
 class Router:
     """Rows of one affinity go to the same engine while it has a free slot, then to the least loaded.
 
-    Every engine that gets an adapter runs empty before it loads it: rows with one stay where it is, and go to a further
-    engine only where many wait, or it is idle. Full weights go to the engines set aside for them, where there are any,
-    and nothing else does.
+    Every engine that gets an adapter has to load it, and to read its prompts anew: rows with one stay where it is, and
+    go to a further engine only where many wait, or it is idle. Full weights go to the engines set aside for them, where
+    there are any, and nothing else does.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:

@@ -219,3 +219,34 @@ async def test_an_actor_names_its_processes(vllm_session: Session) -> None:
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in (actor, *others)}
     assert commands[actor].startswith("ray::EngineActor")
     assert [command for pid, command in commands.items() if pid != actor and command.startswith("VLLM::EngineCore")]
+
+
+async def test_adapters_come_while_others_are_at_work(
+    vllm_session: Session, write_lora: Callable[..., AdapterRef], tmp_path: Path
+) -> None:
+    """More of them than the engine has slots, each with the first of its rows, while others decode."""
+    refs = [None, *(write_lora(tmp_path / str(seed), seed=300 + seed) for seed in range(12))]
+    sampling = Sampling(temperature=0.0, max_tokens=48, logprobs=True)
+    rows = [[Request(f"{n}-{i}", text_ids(i, 40), sampling, ref) for i in range(6)] for n, ref in enumerate(refs)]
+
+    async def ask_one(number: int) -> list[float | None]:
+        return [one.samples[0].logprob for one in await sample(vllm_session, *rows[number])]
+
+    async def come(number: int) -> list[float | None]:
+        await asyncio.sleep(0.15 * number)
+        return await ask_one(number)
+
+    async def untuned(beside: asyncio.Future[list[list[float | None]]]) -> list[list[float | None]]:
+        answers = []
+        while not beside.done():
+            answers.append(await ask_one(0))
+        return answers
+
+    tuned = asyncio.gather(*map(come, range(1, len(refs))))
+    base, together = await asyncio.gather(untuned(tuned), tuned)
+    base_alone, *alone = [await ask_one(number) for number in range(len(refs))]
+    assert len({round(one[0] or 0.0, 1) for one in (base_alone, *alone)}) > len(alone) // 2, (
+        "too much alike to be told apart"
+    )
+    assert together == [pytest.approx(some, abs=1e-2) for some in alone]
+    assert base == [pytest.approx(base_alone, abs=1e-2)] * len(base)
