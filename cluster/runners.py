@@ -79,7 +79,7 @@ class RunnerActor:
     async def _begin(self, desk: Desk, setting: Any) -> Worker:
         worker = await self._stack.enter_async_context(desk(setting, self._hear))
         gc.collect()
-        gc.freeze()  # modules, the tokenizer: collections need not walk over them again, in a tenth of the process's time
+        gc.freeze()  # modules and tokenizer, over which collections need not walk again
         return worker
 
     async def _at_work(self) -> Worker:

@@ -74,7 +74,7 @@ class VllmEngine:
         self._start_s = time.monotonic() - began
 
     def serves(self, ref: AdapterRef | None) -> bool:
-        """Whether requests with this adapter can be sent now; if not, `load_adapter`, full weights with none in flight."""
+        """Whether requests with this adapter can be sent now; if not, `load_adapter` (weights: nothing in flight)."""
         if ref is None or ref.kind == "full":
             return self._full == ref
         lora = self._loras.get(ref.digest)
