@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", help="task files, folders, a clone of NI-V2")
     parser.add_argument("--engines", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--slots", type=int, default=16, help="sequences of one engine")
+    parser.add_argument("--slots", type=int, default=8, help="sequences of one engine")
     parser.add_argument("--runners", type=int, default=1)
     parser.add_argument("--rows-per-s", type=float, default=1000.0, help="what all engines together may answer")
     parser.add_argument("--set", action="append", default=[], help="further changes to the recipe")
@@ -83,8 +83,8 @@ def changes(args: argparse.Namespace, engines: int) -> list[str]:
         f"cluster.num_engines={engines}", f"cluster.num_runners={args.runners}", "cluster.num_trainers=4",
         f"engine.max_num_seqs={args.slots}", f"engine.tokens_per_s={per_token:.4g}",
         "engine.simulation.prefill_tokens_per_s=0", "engine.simulation.adapter_load_s=0",
-        "finetuning.simulated_tokens_per_s=1e7", "synthesis.num_candidates=256", "synthesis.lag=64",
-        "annotation.num_samples=1", "evaluation.num_instances=64", "evaluation.controls=[]",
+        "finetuning.simulated_tokens_per_s=1e7", "synthesis.num_candidates=400", "synthesis.lag=128",
+        "annotation.num_samples=1", "evaluation.num_instances=100", "evaluation.controls=[]", "engine.per_actor=64",
         "evaluation.bootstrap_samples=1000", *args.set,
     ]  # fmt: skip
 
