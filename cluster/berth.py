@@ -98,7 +98,7 @@ class Berth:
     @asynccontextmanager
     async def _inside(self, ref: AdapterRef | None, alone: bool) -> AsyncIterator[str]:
         """Yields why the adapter cannot be served; "" where it is. Adapters are loaded beside running rows, all that
-        anybody waits for at once; other weights when nothing is inside."""
+        anybody waits for at once; weights when nothing is inside."""
         missing, name = not self._engine.serves(ref), ref.digest if ref is not None else ""
         if missing and ref is not None:
             self._refused.pop(name, None)  # a file that was not there may have come

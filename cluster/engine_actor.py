@@ -159,7 +159,7 @@ class EngineActor:
             mailbox.reply.outcomes += outcomes
             mailbox.rung.set()
 
-    async def collect(self, client: str, patience_s: float = 0.0) -> Reply:
+    async def collect(self, client: str, patience_s: float) -> Reply:
         """Waits for answers to this client's rows, and gives all that are there.
 
         A client of many callers has patience: it would rather have a message of many rows, if the engines stay full.

@@ -135,7 +135,8 @@ class Pool:
         waiting.appendleft(ticket) if first else waiting.append(ticket)
 
     def _schedule_pump(self, num_stirred: int = 0) -> None:
-        """At once where many rows have come up or been answered, and after what is no row's; else with patience."""
+        """At once where many rows have come up or been answered, or something else has changed (0); else with
+        patience."""
         self._num_stirred += num_stirred or self._a_load
         loop, delay_s = asyncio.get_running_loop(), _PUMP_S
         if self._num_stirred < self._a_load:

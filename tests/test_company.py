@@ -126,7 +126,7 @@ def test_rows_with_an_adapter_stay_where_it_is_unless_many_wait() -> None:
     for _ in range(20):
         send(num_waiting=16)
     assert len(taken) == lanes[0].window
-    assert len(set(taken)) == 1, "four rounds of its slots are no reason to empty another engine"
+    assert len(set(taken)) == 1, "four rounds of its slots are no reason to load it in another engine"
     send(num_waiting=17)
     assert len(set(taken)) == 2
     send(num_waiting=1)
