@@ -60,6 +60,10 @@ class RunnerDied(Exception):
     """The job was alone in a runner that died, more than once: out of memory, or a library that crashed."""
 
 
+_YOUNG_OBJECTS = 20_000
+"""Before Python looks for garbage. With its own 700, nearly all that it walks over is rows that are under way."""
+
+
 class RunnerActor:
     """One process. In each of its lives `enter` comes first; until then everything else waits."""
 
@@ -80,6 +84,7 @@ class RunnerActor:
         worker = await self._stack.enter_async_context(desk(setting, self._hear))
         gc.collect()
         gc.freeze()  # modules and tokenizer, over which collections need not walk again
+        gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         return worker
 
     async def _at_work(self) -> Worker:
