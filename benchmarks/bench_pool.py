@@ -13,8 +13,7 @@ anew for each repeat, so that all begin with a cache that knows nothing of them.
 tokens from the prefix cache over the share that an endless cache would have. `seeds`: what per-request seeds cost,
 seconds with over seconds without.
 
-On a GPU all three engines share its memory, and no weights are needed: `--model FOLDER --load-format dummy
---gpu-memory-utilization 0.28 --max-model-len 4096 --prefix-tokens 3500 --max-num-batched-tokens 8192 --scale 2`.
+On a GPU all three engines share its memory; the suite's size "gpu" has the arguments for contexts of 4,000 tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from benchmarks.pool_workloads import (
     Sizes,
     attainable_hits,
     write_adapters,
-    write_hollow_model,
 )
 from benchmarks.ratio import emit, ratio, spread
 from engines.types import EngineSpec
@@ -97,8 +95,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the rows of each workload")
     parser.add_argument("--prefix-tokens", type=int, default=Sizes.prefix_tokens)
     parser.add_argument("--model", default="random", help="a folder; random: a Llama of 2 layers")
-    parser.add_argument("--load-format", choices=("safetensors", "dummy"), default="safetensors",
-                        help="dummy: random weights; the folder needs config and tokenizer alone")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of the process that runs the model, on CPUs")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
@@ -112,14 +108,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_setup(args: argparse.Namespace, folder: Path) -> Setup:
-    model = args.model
-    if args.load_format == "dummy":
-        model = str(write_hollow_model(Path(model), folder / "hollow"))
-    student = load_student(load_recipe("smoke", {"model.path": model}))
+    student = load_student(load_recipe("smoke", {"model.path": args.model}))
     spec = EngineSpec(
         model=student.folder, max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens, max_loras=NUM_ADAPTERS, max_lora_rank=RANK,
-        gpu_memory_utilization=args.gpu_memory_utilization, load_format=args.load_format,
+        gpu_memory_utilization=args.gpu_memory_utilization,
     )  # fmt: skip
     adapters = write_adapters(folder, Path(student.folder), student.digest, NUM_ADAPTERS, RANK)
     alphabet = sorted(set(student.tokenizer.encode(TEXT)))

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from selfguide.progress import stderr_line
 from selfguide.taskrun import Student
 
 FLOOR = 2.0
+PROMPT_TOKENS = 80
 TEXT = "the river moved slowly past old stone houses while children counted boats "
 
 
@@ -54,7 +56,7 @@ def main() -> None:
 
 async def measure(args: argparse.Namespace, student: Student, folder: Path) -> tuple[list[dict[str, float]], set[str]]:
     """Seconds of each repeat, and the digests of all adapters."""
-    rows = write_rows(folder / "rows.parquet", student, args.rows)
+    rows = write_rows(folder / "rows.parquet", student, [PROMPT_TOKENS] * args.rows)
     spec = TrainSpec(student.folder, student.digest, epochs=args.epochs)
     one = {"num_cpus": 1}
     kinds = {"warm": Trainers([TrainerShape(one)]), "fresh": Trainers([TrainerShape(one, stays=False)])}
@@ -73,12 +75,12 @@ async def measure(args: argparse.Namespace, student: Student, folder: Path) -> t
     return repeats, digests
 
 
-def write_rows(path: Path, student: Student, count: int, prompt_tokens: int = 80, completion_tokens: int = 20) -> Path:
-    """Rows of one length, each a different window of the text."""
-    length = prompt_tokens + completion_tokens
-    ids = student.tokenizer.encode(TEXT * (1 + (count + length) // 10))
-    rows = [ids[i : i + length] for i in range(count)]
-    pq.write_table(pa.table({"input_ids": rows, "prompt_tokens": [prompt_tokens] * count}), path)
+def write_rows(path: Path, student: Student, prompt_tokens: Sequence[int], completion_tokens: int = 20) -> Path:
+    """A row for each prompt's length, each a different window of the text."""
+    lengths = [cut + completion_tokens for cut in prompt_tokens]
+    ids = student.tokenizer.encode(TEXT * (1 + (len(lengths) + max(lengths)) // 10))
+    rows = [ids[i : i + length] for i, length in enumerate(lengths)]
+    pq.write_table(pa.table({"input_ids": rows, "prompt_tokens": prompt_tokens}), path)
     return path
 
 

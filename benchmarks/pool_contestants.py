@@ -271,9 +271,7 @@ def open_llm(setup: Setup, *, in_process: bool) -> Iterator[Arm]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
     from vllm import LLM
 
-    args = engine_args(setup.spec, Path(setup.spec.model))
-    del args["disable_log_stats"]  # a user leaves it at its default
-    llm = LLM(**args)
+    llm = LLM(**engine_args(setup.spec, Path(setup.spec.model)))
     try:
         yield LlmArm(llm, setup.drawer.adapters)
     finally:
@@ -302,7 +300,7 @@ class LlmArm:
         self._arguments = [
             (
                 {"prompt_token_ids": prompt_of(row)},
-                sampling_params(row.sampling) if isinstance(row, Request) else scoring_params(),
+                params_of(row),
                 self._loras[row.adapter.digest] if row.adapter else None,
             )
             for row in rows
@@ -338,6 +336,13 @@ def prompt_of(row: Work) -> list[int]:
         return list(row.prompt_ids)
     assert isinstance(row, ScoreRequest)
     return [*row.prefix_ids, *row.completion_ids]
+
+
+def params_of(row: Work) -> Any:
+    if isinstance(row, Request):
+        return sampling_params(row.sampling)
+    assert isinstance(row, ScoreRequest)
+    return scoring_params(len(row.completion_ids))
 
 
 def outcome_of(row: Work, output: Any, score: Sequence[float] | None) -> Outcome:

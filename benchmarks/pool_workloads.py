@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,28 +114,6 @@ def attainable_hits(rows: Sequence[Work], block_size: int) -> float:
 def row_prompt(row: Work) -> list[int]:
     assert isinstance(row, Request)
     return list(row.prompt_ids)
-
-
-def write_hollow_model(source: Path, folder: Path) -> Path:
-    """The model's config and tokenizer, and weights that take no room on the disk: a true header, then a hole."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*", "*.pt"))
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).state_dict()
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    header, end = {}, 0
-    for name, weight in weights.items():
-        start, end = end, end + 2 * weight.numel()
-        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return folder
 
 
 def write_adapters(folder: Path, base: Path, base_digest: str, count: int, rank: int) -> list[AdapterRef]:

@@ -60,7 +60,7 @@ SUITE = {
     "metrics": Entry("bench_metrics", "ROUGE-L, against rouge-score", "{ni}", "--quick {ni}", "{ni}"),
     "trainers": Entry("bench_trainers", "a warm trainer, against a fresh one", gpu="--model {model}"),
     "sft": Entry("bench_sft", "training tokens a second, against a bare TRL script", gpu=(
-        "--model {model} --prompt-tokens 3900 --rows 64 --epochs 1"
+        "--model {model} --prompt-tokens 3900 --rows 64 --epochs 1 --packing"
     )),
     "lag": Entry("bench_lag", "one task alone, by lag", gpu="--model {model}"),
     "scale": Entry(

@@ -259,6 +259,10 @@ def _exit(reason: str) -> None:
 
 
 def _children() -> list[int]:
-    """Linux lists them by the thread that started them, and Ray runs an actor in a thread of its own."""
-    found = [path.read_text(encoding="ascii").split() for path in Path("/proc/self/task").glob("*/children")]
-    return [int(pid) for pids in found for pid in pids]
+    """By what each process says of its parent: Linux's own lists of children may leave some out while others end."""
+    own, found = os.getpid(), []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]) == own:
+                found.append(int(stat.parent.name))
+    return found

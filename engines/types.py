@@ -272,8 +272,6 @@ class EngineSpec:
     adapter_cache_gib: float = 50.0
     """What adapters fetched from an object store may take on a node's disk, those in use aside."""
     enforce_eager: bool = False
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
-    """"dummy": random weights of the model's shapes, for measurements of speed; the files' contents are not read."""
     seed: int = 0
     per_actor: int = 1
     """Simulated engines only: how many share a process."""

@@ -61,11 +61,13 @@ class VllmEngine:
 
         self._spec = spec
         self._folder = resolve_model(spec.model, spec.revision)
-        self._progress = _Progress()
         self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**engine_args(spec, self._folder)),
-            stat_loggers=[_pulse(self._progress)],
-        )
+            AsyncEngineArgs(
+                **engine_args(spec, self._folder), scheduler_cls="engines.quiet_core.make_scheduler",
+                disable_log_stats=True,
+            )
+        )  # fmt: skip
+        self._progress = _listen(self._llm)
         self._loras: dict[str, Any] = {}
         self._lora_ids = itertools.count(1)
         self._full: AdapterRef | None = None
@@ -158,7 +160,7 @@ class VllmEngine:
         """Reads the prefix cache, many times faster, and checks that no cached position was taken for a score."""
         if not request.completion_ids or not request.prefix_ids:
             return RequestFailed(request.id, "refused", "nothing to score: prefix and completion need a token each")
-        params = scoring_params()
+        params = scoring_params(len(request.completion_ids))
         ids = [*request.prefix_ids, *request.completion_ids]
         output = await self._run(request.id, ids, params, request.adapter)
         logprobs = completion_logprobs(output, request)
@@ -197,7 +199,8 @@ class VllmEngine:
     async def _run(self, request_id: str, ids: Sequence[int], params: Any, adapter: AdapterRef | None) -> Any:
         lora = self._loras[adapter.digest] if adapter is not None and adapter.kind == "lora" else None
         final = None
-        async for output in self._llm.generate({"prompt_token_ids": list(ids)}, params, request_id, lora_request=lora):
+        prompt = {"type": "token", "prompt_token_ids": list(ids)}  # as vLLM's renderer would hand it on
+        async for output in self._llm.generate(prompt, params, request_id, lora_request=lora):
             final = output
         assert final is not None
         self._counts["requests"] += 1
@@ -228,22 +231,18 @@ class _Progress:
     steps: int = 0
 
 
-def _pulse(progress: _Progress) -> type[Any]:
-    """vLLM calls a stat logger after every step that produced something: the engine's pulse. In the place of its own
-    for Prometheus, which nobody reads here and which takes longer than the rest of a small step."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
+def _listen(llm: Any) -> _Progress:
+    """The engine's pulse: counts what the core says, which is something at least every `MOST_HELD` steps. vLLM's own
+    counters, for which there is a hook, take longer than the rest of a small step."""
+    progress, hear = _Progress(), llm.engine_core.get_output_async
 
-    class Pulse(PrometheusStatLogger):
-        def __init__(self, *_: Any, **__: Any) -> None: ...
+    async def count() -> Any:
+        said = await hear()
+        progress.steps += 1
+        return said
 
-        def record(self, *_: Any, **__: Any) -> None:
-            progress.steps += 1
-
-        def record_sleep_state(self, *_: Any, **__: Any) -> None: ...
-
-        def log_engine_initialized(self) -> None: ...
-
-    return Pulse
+    llm.engine_core.get_output_async = count
+    return progress
 
 
 def _settle() -> None:
@@ -264,8 +263,8 @@ def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
         "model": str(folder), "dtype": spec.dtype, "tensor_parallel_size": spec.tensor_parallel,
         "max_model_len": spec.max_model_len, "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens, "enforce_eager": spec.enforce_eager,
-        "seed": spec.seed, "trust_remote_code": False, "load_format": spec.load_format, "enable_prefix_caching": True,
-        "use_tqdm_on_load": False, "disable_log_stats": False,
+        "seed": spec.seed, "trust_remote_code": False, "load_format": "safetensors", "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
     }  # fmt: skip
     if spec.block_size:
         args["block_size"] = spec.block_size
@@ -308,14 +307,17 @@ def sampling_params(sampling: Sampling) -> Any:
     )  # fmt: skip
 
 
-def scoring_params() -> Any:
-    """Log-probabilities of the prompt; positions that the prefix cache holds are not computed and mean nothing. Flat: a
-    dict for each position costs more than the forward pass."""
+def scoring_params(num_scored: int) -> Any:
+    """Log-probabilities of the prompt's last `num_scored` tokens. Positions that the prefix cache holds are not
+    computed and mean nothing. Flat: a dict for each position costs more than the forward pass."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    from engines.quiet_core import KEPT
+
     return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
-                          skip_reading_prefix_cache=False, output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+                          skip_reading_prefix_cache=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                          extra_args={KEPT: num_scored})  # fmt: skip
 
 
 def _first_token_params(tokens: Sequence[int]) -> Any:

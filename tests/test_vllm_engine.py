@@ -218,7 +218,7 @@ async def test_an_actor_names_its_processes(vllm_session: Session) -> None:
     actor, *others = await vllm_session.pool._lanes[0].host.actor.pids.remote()
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in (actor, *others)}
     assert commands[actor].startswith("ray::EngineActor")
-    assert [command for pid, command in commands.items() if pid != actor and command.startswith("VLLM::EngineCore")]
+    assert [one for pid, one in commands.items() if pid != actor and one.startswith("VLLM::EngineCore")], commands
 
 
 async def test_adapters_come_while_others_are_at_work(
