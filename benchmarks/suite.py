@@ -47,7 +47,7 @@ class Entry:
 
 
 SUITE = {
-    "pool": Entry("bench_pool", "prompts to stored rows, against the bare engine", gpu=(
+    "pool": Entry("bench_pool", "prompts to stored rows, against the bare engine", "--repeats 9", gpu=(
         "--model {model} --max-model-len 4096 --prefix-tokens 3500 --max-num-seqs 256 --max-num-batched-tokens 8192"
     )),
     "ray_data": Entry("bench_ray_data", "the same rows through Ray Data LLM", gpu=(

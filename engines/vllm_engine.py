@@ -251,7 +251,10 @@ def _settle() -> None:
     from vllm.envs import enable_envs_cache
     from vllm.utils.gc_utils import freeze_gc_heap
 
+    from engines.quiet_core import collect_seldom
+
     freeze_gc_heap()
+    collect_seldom()
     enable_envs_cache()
 
 
