@@ -94,13 +94,17 @@ class Trainers:
                     await as_future(self._queue.cancel.remote(ticket, folder))
                 job.cancel()
 
+    def warm(self) -> None:
+        """Lets trainers start before there is a job for them. What goes wrong is told to the first one."""
+        self._queue.warm.remote()
+
     def stop(self) -> None:
         """Ends the queue and, through it, every trainer."""
         ray.kill(self._queue)
 
 
-def start_trainers(cluster: ClusterSpec, placement: Placement, engines: Sequence[Any]) -> Trainers:
-    """Trainers as the cluster holds them. A process starts with the first job that needs it."""
+def start_trainers(cluster: ClusterSpec, placement: Placement, engines: Sequence[Any] = ()) -> Trainers:
+    """Trainers as the cluster holds them. A process starts with the first job that needs it, unless it is warmed up."""
     num_processes, stays = max(1, int(placement.gpus_per_trainer)), not (placement.time_shared and placement.on_gpus)
     bounds = (cluster.limits.start_s, cluster.limits.max_crashes)
     shapes = [
@@ -134,6 +138,18 @@ class TrainerQueue:
         self._turns = Turns(engines, turn_tasks, self._end_turn) if engines else None
         self._jobs: dict[str, asyncio.Task[TrainResult]] = {}
         self._cancelled: set[str] = set()
+
+    async def warm(self) -> None:
+        if self._turns is None:
+            await asyncio.gather(*(self._warm() for _ in self._idle), return_exceptions=True)
+
+    async def _warm(self) -> None:
+        async with self._free:
+            trainer = self._idle.pop()
+            try:
+                await trainer.warm()
+            finally:
+                self._idle.insert(0, trainer)
 
     async def train(self, ticket: str, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         job = asyncio.create_task(self._run(self._jobs.get(work), spec, rows, work), name=ticket)
@@ -201,6 +217,13 @@ class _Trainer:
         self._shape = shape
         self._processes: list[Any] = []
         self._group: Any = None
+
+    async def warm(self) -> None:
+        """Returns once the processes are there; a job that comes while they load libraries waits for them."""
+        if self._shape.stays and not self._processes:
+            await self._start()
+            for one in self._processes:
+                one.warm.remote()
 
     async def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         crashes, reached = 0, -1
@@ -309,6 +332,10 @@ class TrainerActor:
         os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+    def warm(self) -> None:
+        self._finetuner = Finetuner()
+        self._finetuner.warm()
 
     def train(self, spec: TrainSpec, rows: str, work: str) -> TrainResult:
         """What goes wrong is told in words: its type may be of a library that no other process should load."""

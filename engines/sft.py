@@ -37,6 +37,13 @@ class Finetuner:
         _quieten()
         self._base = BaseModel()
 
+    def warm(self) -> None:
+        """Loads the libraries, which takes seconds, before there is a job."""
+        from datasets import Dataset  # noqa: F401
+        from peft import LoraConfig  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+        from trl import SFTConfig, SFTTrainer  # noqa: F401
+
     def train(self, spec: TrainSpec, rows: Path, work: Path, saved: Saved = lambda _: None) -> TrainResult:
         """Finetunes `spec.model` on the Parquet file `rows` (columns `input_ids`, `prompt_tokens`).
 

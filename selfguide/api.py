@@ -98,8 +98,11 @@ def idle_run(task: Task, recipe: Recipe, student: Student, store: RunStore) -> T
 
 
 @asynccontextmanager
-async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, counts: None) -> AsyncIterator[Session]:
-    """Connects to Ray, starts the engines, and takes everything down again."""
+async def open_session(
+    recipe: Recipe, progress: Progress = lambda task, stage, counts: None, *, trains: bool = True
+) -> AsyncIterator[Session]:
+    """Connects to Ray, starts the engines, and takes everything down again. Where nothing `trains`, trainers are not
+    warmed up, and may be asked all the same."""
     student = await asyncio.to_thread(load_student, recipe)
     from cluster.fleet import start_engines, stop_engines
     from cluster.pool import EnginesLost, Pool
@@ -116,21 +119,25 @@ async def open_session(recipe: Recipe, progress: Progress = lambda task, stage, 
         progress("", "engines", {"starting": recipe.cluster.num_engines})
         spec, cluster = engine_spec(recipe, student), recipe.cluster
         filters_warm = asyncio.create_task(warm_filters())  # nobody needs them before the first rows are there
+        trainers = None if placement.time_shared else start_trainers(cluster, placement)
+        if trainers and trains and recipe.engine.kind == "vllm":
+            trainers.warm()  # beside the engines, which take longer to start
         try:
             try:
                 fleet = await start_engines(spec, cluster, placement)
             except EnginesLost as error:
                 raise TaskFailed(str(error)) from error
             pool = Pool(fleet)
-            trainers = start_trainers(cluster, placement, fleet.actors)
+            trainers = trainers or start_trainers(cluster, placement, fleet.actors)
             progress("", "engines", {"ready": cluster.num_engines, "seconds": clock() - began})
             try:
                 yield Session(recipe, student, fleet, pool, trainers, clock() - began)
             finally:
-                trainers.stop()
                 await pool.close()
                 stop_engines(fleet)
         finally:
+            if trainers:
+                trainers.stop()
             await asyncio.gather(filters_warm, return_exceptions=True)
 
 

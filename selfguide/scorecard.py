@@ -63,7 +63,7 @@ async def evaluate_tasks(
     if all(_is_done(run, ref) for run in idle):
         lines = [await _score_task(run, ref) for run in idle]
     elif session is None:
-        async with open_session(recipe, progress) as own:
+        async with open_session(recipe, progress, trains=False) as own:
             lines = await _score(tasks, own, store, ref, progress)
     else:
         lines = await _score(tasks, session, store, ref, progress)

@@ -30,7 +30,7 @@ async def preview_task(
     """Starts engines, looks, and stops them; the result is that of `preview_in`."""
     from selfguide.api import open_session
 
-    async with open_session(recipe, progress) as session:
+    async with open_session(recipe, progress, trains=False) as session:
         return await preview_in(session, task, num_rows)
 
 
