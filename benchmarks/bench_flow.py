@@ -4,10 +4,10 @@
 
 The authors' flow, made again from their code's order of work (`benchmarks.authors_flow`): for each task a fresh engine
 for inputs, in rounds of ten, one for outputs, a fresh trainer, and a fresh engine for each student that is evaluated,
-one after another. Ours is `selfguide sweep` on the eight tasks with the same student, recipe and counts of rows, and with
-two trainers. Since the flow's tasks share nothing, it is measured on one task in each repeat, in turn, and counted eight
-times (`flow_s` is that product; `flow_tasks` has what was measured). `whole` is all of both; `running` leaves out the
-start of each of the flow's processes up to a ready engine or trainer, and of the sweep up to its ready session.
+one after another. Ours is `selfguide sweep` on the eight tasks with the same student, recipe and counts of rows, and
+with two trainers. Since the flow's tasks share nothing, it is measured on one task in each repeat, in turn, and counted
+eight times (`flow_s` is that product; `flow_tasks` has what was measured). `whole` is all of both; `running` leaves out
+the start of each of the flow's processes up to a ready engine or trainer, and of the sweep up to its ready session.
 """
 
 from __future__ import annotations
