@@ -3,11 +3,11 @@
     python -m benchmarks.bench_lag [--quick] [--lags 10 32 128] [--model nano] [--tasks FILE ...] > lag.json
 
 Row i of synthesis waits for all inputs up to i - lag. In each repeat, for each lag: the synthesis of a fresh run, then
-the very requests that it sent, all at once, by the same pool to the same engine; the ratio of tokens/s is that of their
-times. The second finds the engine's prefix cache warm, which is to the disadvantage of the first. Twice: with simulated
-engines (256 slots, ten samples an input, no model in the way), and with the embedded student and vLLM on two held-in
-tasks, whose accepted inputs also say what a lag does to diversity: distinct-n, different n-grams of words over all, and
-duplicates, the share of candidates that were there before.
+the very requests that it sent, all at once, by the same pool to the same engine, and the ratio of their tokens/s. Their
+first token is another one, a different one each time, so that the prefix cache knows none of them; what they share
+among themselves stays. Twice: with simulated engines (256 slots, ten samples an input, no model in the way), and with
+the embedded student and vLLM on two held-in tasks, whose accepted inputs also say what a lag does to diversity:
+distinct-n, different n-grams of words over all, and duplicates, the share of candidates that were there before.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import argparse
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.ratio import emit, ratio, spread
-from engines.types import Completion
+from engines.types import ChoiceRequest, Completion, Outcome, Request, Work
 from selfguide import Recipe, Task, load_recipe, load_task
 from selfguide.api import Session, open_session
 from selfguide.nano import TASKS
@@ -38,6 +38,7 @@ SIMULATED = {
     "engine.simulation.start_s": 0, "synthesis.num_candidates": 600, "annotation.num_samples": 10,
     "cluster.num_engines": 1,
 }  # fmt: skip
+FIRST_TOKEN = 100
 Json = dict[str, Any]
 
 
@@ -59,29 +60,32 @@ def main() -> None:
         "simulated": asyncio.run(measure(simulated, tasks[:1], args.lags, args.repeats)),
         "vllm": asyncio.run(measure(real, tasks, args.lags, args.repeats)),
     }
-    ratios = {
-        f"{kind}_lag_{lag}": ratio([one["at_once_s"] / one["synthesis_s"] for one in found if one["lag"] == lag])
-        for kind, found in repeats.items()
-        for lag in args.lags
-    }
-    emit("lag", vars(args), ratios, diversity=diversity_by_lag(repeats["vllm"]), repeats=repeats)
+    emit("lag", vars(args), ratios_by_lag(repeats), diversity=diversity_by_lag(repeats["vllm"]), repeats=repeats)
+
+
+def ratios_by_lag(repeats: Mapping[str, Sequence[Json]]) -> Json:
+    pairs: dict[str, list[float]] = {}
+    for engine, found in repeats.items():
+        for one in found:
+            key = f"{engine}_{one['kind']}_lag_{one['lag']}"
+            pairs.setdefault(key, []).append(one["tokens_per_s"] / one["tokens_per_s_at_once"])
+    return {key: ratio(values) for key, values in pairs.items()}
 
 
 async def measure(recipe: Recipe, tasks: Sequence[Task], lags: Sequence[int], repeats: int) -> list[Json]:
+    turns = [(task, lag) for _ in range(repeats) for task in tasks for lag in lags]
     found = []
-    async with open_session(recipe) as session:
-        await compare(session, tasks[0], recipe, max(lags))  # what is loaded with the first
-        for number in range(repeats):
-            for task in tasks:
-                for lag in lags:
-                    change = {"synthesis": recipe.synthesis.model_copy(update={"lag": lag}), "seed": number}
-                    one = await compare(session, task, recipe.model_copy(update=change), lag)
-                    stderr_line(f"{recipe.engine.kind} {one}")
-                    found.append(one)
+    async with open_session(recipe, trains=False) as session:
+        for number, (task, lag) in enumerate([(tasks[0], max(lags)), *turns]):
+            change = {"synthesis": recipe.synthesis.model_copy(update={"lag": lag}), "seed": number}
+            one = await compare(session, task, recipe.model_copy(update=change))
+            if number:  # the first loads what is loaded once
+                stderr_line(f"{recipe.engine.kind} {one}")
+                found.append(one)
     return found
 
 
-async def compare(session: Session, task: Task, recipe: Recipe, lag: int) -> Json:
+async def compare(session: Session, task: Task, recipe: Recipe) -> Json:
     """One synthesis, then its requests at once."""
     clock, tap = asyncio.get_running_loop().time, Tap(session.pool)
     folder = Path(tempfile.mkdtemp(prefix="selfguide-lag-"))
@@ -93,14 +97,28 @@ async def compare(session: Session, task: Task, recipe: Recipe, lag: int) -> Jso
         synthesis_s = clock() - began
     finally:
         shutil.rmtree(folder)
-    began, tokens = clock(), 0
-    async for outcome in session.pool.generate(list(tap.sent.values())):
-        samples = outcome.samples if isinstance(outcome, Completion) else ()
-        tokens += sum(len(sample.token_ids) for sample in samples)
+    requests = [unknown(work, FIRST_TOKEN + recipe.seed) for work in tap.sent.values()]
+    began = clock()
+    at_once = [outcome async for outcome in session.pool.generate(requests)]
     at_once_s = clock() - began
-    speeds = {"tokens_per_s": tokens / synthesis_s, "tokens_per_s_at_once": tokens / at_once_s}
-    times = {"task": task.name, "lag": lag, "synthesis_s": synthesis_s, "at_once_s": at_once_s}
-    return {**times, "requests": len(tap.sent), **speeds, **diversity(candidates)}
+    speeds = {
+        "tokens_per_s": num_tokens(tap.received.values()) / synthesis_s,
+        "tokens_per_s_at_once": num_tokens(at_once) / at_once_s,
+    }
+    times = {"task": task.name, "kind": task.kind, "lag": recipe.synthesis.lag, "synthesis_s": synthesis_s}
+    return {**times, "at_once_s": at_once_s, "requests": len(requests), **speeds, **diversity(candidates)}
+
+
+def unknown(work: Work, token: int) -> Work:
+    """The same work for a prefix cache that has not seen it: a block's key is made of all tokens up to its end."""
+    if isinstance(work, Request):
+        return replace(work, prompt_ids=[token, *work.prompt_ids[1:]])
+    assert isinstance(work, ChoiceRequest)
+    return replace(work, prefix_ids=[token, *work.prefix_ids[1:]])
+
+
+def num_tokens(outcomes: Iterable[Outcome]) -> int:
+    return sum(len(sample.token_ids) for one in outcomes if isinstance(one, Completion) for sample in one.samples)
 
 
 def diversity(candidates: Sequence[Mapping[str, Any]]) -> Json:

@@ -221,7 +221,11 @@ class _Trainer:
     async def warm(self) -> None:
         """Returns once the processes are there; a job that comes while they load libraries waits for them."""
         if self._shape.stays and not self._processes:
-            await self._start()
+            try:
+                await self._start()
+            except Exception:
+                self._stop()  # the first job tries again, and is told
+                raise
             for one in self._processes:
                 one.warm.remote()
 

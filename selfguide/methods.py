@@ -34,10 +34,10 @@ class Comparison:
 
 async def self_guide(run: TaskRun) -> Comparison:
     """SELF-GUIDE (2407.12874 section 2), and beside it the untuned student and its controls on the same rows."""
+    candidates = await synthesize(run)
+    kept = await curate(run, candidates)
     untuned = asyncio.create_task(evaluate_untuned(run))  # fills the engines while the trainer works
     try:
-        candidates = await synthesize(run)
-        kept = await curate(run, candidates)
         adapter = await finetune(run, kept)
         gold = await few_shot_sft(run) if "few_shot_sft" in wanted_controls(run) else None
         return await compare(run, adapter, await untuned | ({"few_shot_sft": gold} if gold else {}))

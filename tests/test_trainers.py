@@ -148,6 +148,17 @@ async def test_a_trainer_that_shares_its_gpu_ends_with_its_job(
         await until(lambda: not trainers())
 
 
+async def test_trainers_that_are_warmed_up_are_there_before_their_first_job(
+    open_trainers: OpenTrainers, spec: TrainSpec, rows: Path, tmp_path: Path
+) -> None:
+    async with open_trainers(2) as both:
+        both.warm()
+        await until(lambda: len(trainers()) == 2)
+        there = set(trainers())
+        await both.train(simulated(spec), rows, make_work(tmp_path / "work"))
+        assert set(trainers()) == there
+
+
 async def test_a_run_that_trains_nothing_starts_no_trainer(
     open_simulated: Callable[..., AbstractAsyncContextManager[Session]],
 ) -> None:
@@ -261,10 +272,13 @@ async def test_the_job_of_a_dead_client_makes_way_for_the_next_try(
             await again
 
 
+@pytest.mark.parametrize("warmed_up", [False, True])
 async def test_what_can_never_start_is_given_up(
-    open_trainers: OpenTrainers, spec: TrainSpec, rows: Path, tmp_path: Path
+    open_trainers: OpenTrainers, spec: TrainSpec, rows: Path, tmp_path: Path, warmed_up: bool
 ) -> None:
     async with open_trainers(num_cpus=1000, start_s=0.1) as none:
+        if warmed_up:
+            none.warm()
         with pytest.raises(TrainingFailed, match="is a node with 1000 CPUs free"):
             await none.train(spec, rows, make_work(tmp_path / "work"))
 
