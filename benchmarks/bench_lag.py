@@ -39,6 +39,7 @@ SIMULATED = {
     "cluster.num_engines": 1,
 }  # fmt: skip
 FIRST_TOKEN = 100
+"""Beyond the special tokens; each comparison takes the next."""
 Json = dict[str, Any]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -88,6 +89,15 @@ async def test_every_row_is_accounted_for(comparisons: dict[Path, Comparison], f
     assert all(row["input"] is not None for row in synthesis.rows() if row["state"] == REJECTED)
     for artifact in done.get("evaluation", []):
         assert check_ledger(artifact)["candidates"] == INSTANCES
+
+
+async def test_the_untuned_student_is_evaluated_while_the_trainer_works(
+    comparisons: dict[Path, Comparison], folder: Path
+) -> None:
+    done = stages(folder, SENTIMENT)
+    events = [(one.path / "events.jsonl").read_text(encoding="utf-8") for one in done["evaluation"]]
+    first = min(json.loads(text.splitlines()[0])["time"] for text in events)
+    assert done["curation"][0].marker["finished"] <= first < done["finetuning"][0].marker["finished"]
 
 
 async def test_a_stage_is_three_files(comparisons: dict[Path, Comparison], folder: Path) -> None:
